@@ -1,0 +1,163 @@
+"""`prepare.py OUT` runs every notebook under nbs/ and rewrites it for Sphinx."""
+import os, re, sys, shutil
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from posixpath import normpath, relpath
+
+from execnb.nbio import mk_cell, nb2str, read_nb
+from execnb.shell import CaptureShell, format_exc
+from fastcore.xtras import working_directory
+from nbdev.config import get_config
+from nbdev.doclinks import _nbpath2html, nbglob
+from nbdev.frontmatter import _fm2dict
+from nbdev.process import NBProcessor, Processor
+from nbdev.processors import add_show_docs, clean_magics, hide_, hide_line, rm_export, rm_header_dash, strip_ansi
+from nbdev.showdoc import show_doc
+
+cfg = get_config()
+repo = f'{cfg.git_url}/blob/{cfg.branch}'
+tags = {'echo: false': 'remove-input', 'include: false': 'remove-cell', 'output: false': 'remove-output', 'code-fold: true': 'hide-input'}
+widget = 'application/vnd.jupyter.widget-view+json'
+
+class CellFailed(Exception): "A cell raised; the message says which"
+
+def to_md(cell, text):
+    "Turn `cell` into markdown"
+    cell.cell_type, cell.source = 'markdown', text
+    for k in 'outputs', 'execution_count': cell.pop(k, None)
+
+def prose(f, text):
+    "`text` with `f` applied outside of fenced code"
+    return ''.join(o if o.startswith('```') else f(o) for o in re.split(r'(?ms)(^```.*?^``` *$)', text))
+
+def fence(text, info, *options):
+    "A code block in MyST"
+    return '\n'.join([f'````{{code-block}} {info}', *options, '', text.strip('\n'), '````'])
+
+class Title(Processor):
+    "Front matter as a heading; a quoted line below the first heading is the subtitle"
+    def begin(self):
+        head = self.nb.cells[0]
+        self.nb.frontmatter_ = fm = _fm2dict(head.source) if head.cell_type == 'raw' else {}
+        if fm: to_md(head, f"# {fm.get('title', '')}\n\n> {fm.get('description', '')}")
+        name = Path(self.nb.path_).relative_to(cfg.config_path).as_posix()
+        def subtitle(m): return f"{m[1]}{{.nb-source}}\n[{name}]({repo}/{name})\n\n{{.subtitle}}\n{re.sub('(?m)^> ?', '', m[2])}"
+        for c in self.nb.cells:
+            if c.cell_type == 'markdown' and c.source.startswith('# '):
+                c.source = re.sub(r'\A(# .*\n+)((?:>.*(?:\n|\Z))*)', subtitle, c.source.rstrip() + '\n')
+                break
+
+class RunAll(Processor):
+    "Run the notebook where it lies; cells that `nbdev_test` skips keep their recorded output"
+    def skipped(self, cell):
+        return (cell.cell_type != 'code' or 'nbdev_export(' in cell.source
+                or cell.directives_.get('eval:') == ['false'] or cell.directives_.keys() & set(cfg.tst_flags.split()))
+
+    def begin(self):
+        if self.nb.frontmatter_.get('skip_exec'): return
+        path = Path(self.nb.path_)
+        shell = CaptureShell(path, mpl_format='png')
+        shell.set_path(cfg.config_path)
+        shell.user_ns['show_doc'] = show_doc
+        with working_directory(path.parent):
+            for cell in self.nb.cells:
+                if self.skipped(cell): continue
+                cell.outputs = []
+                shell.cell(cell)
+                if shell.exc: raise CellFailed(f'{path}, cell {cell.id}:\n\n{cell.source}\n\n' + ''.join(format_exc(shell.exc)))
+
+class ShowDoc(Processor):
+    "A section for each documented symbol; where its source is shown too, that and the heading say it all"
+    def section(self, cells, body=True):
+        md = [''.join(o.data['text/markdown']) for c in cells for o in c.outputs if 'text/markdown' in o.get('data', {})]
+        docs = [re.match(r'---\n+(?:\[source\]\((\S+)\)\{.*\}\n+)?(#+) (\S+)\n(.*)', o, re.S).groups() for o in md]
+        page = _nbpath2html(Path(self.nb.path_).relative_to(cfg.nbs_path)).with_suffix('').as_posix()
+        res = [f"({page.replace('/', '.')}.{nm})=".lower() for _,_,nm,_ in docs]
+        res.append(f"{docs[0][1]} {', '.join(f'`{nm}`' for _,_,nm,_ in docs)}\n")
+        if docs[0][0]: res.append(f'{{.nb-source}}\n[source]({docs[0][0]})\n')
+        return mk_cell('\n'.join(res + [o[3] for o in docs if body]), 'markdown')
+
+    def begin(self): # from the end, as `add_show_docs` inserts a cell's symbols last one first
+        cells, docs = [], []
+        for c in reversed(self.nb.cells):
+            if 'has_sd' in c: docs.append(c)
+            elif c.source.startswith('show_doc('): cells.insert(0, self.section([c]))
+            else:
+                shown = 'exports' in c.directives_
+                new = [self.section(docs, False)] if shown and docs else [self.section([d]) for d in docs]
+                cells, docs = [*new, c, *cells], []
+        self.nb.cells = cells
+
+class Fences(Processor):
+    "`%%bash` and `%%metal` cells as code blocks of their language"
+    def body(self, cell): return '\n'.join(l for l in cell.source.splitlines() if not l.startswith(('#|', '%%')))
+    def _metal_(self, cell, name, *_): to_md(cell, fence(self.body(cell), 'cpp', f':caption: kernels/{name}.metal'))
+    def _bash_(self, cell, *_):
+        out = ''.join(l for o in cell.outputs if o.get('name') == 'stdout' for l in o.text)
+        to_md(cell, fence(self.body(cell), 'sh') + ('\n\n' + fence(out, 'text', ':class: output') if out else ''))
+
+class ToSphinx(Processor):
+    "Directives as tags, Quarto's markdown as MyST's; no progress bars, warnings or widgets"
+    def cell(self, cell):
+        if cell.cell_type == 'markdown': cell.source = prose(self.myst, cell.source)
+        if cell.cell_type != 'code': return
+        opts = {k: ' '.join(v) for k, v in cell.directives_.items()}
+        cell.source = '\n'.join(l for l in cell.source.splitlines() if not l.startswith('#|'))
+        cell.metadata = {'tags': [t for d, t in tags.items() if opts.get(d.split()[0]) == d.split()[1]]}
+        if s := opts.get('code-summary:'): cell.metadata['mystnb'] = {'code_prompt_show': s.strip('"\'')}
+        cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr' and widget not in o.get('data', {})]
+
+    def myst(self, text):
+        def callout(m): return f":::{{admonition}} {m[2] or m[1].capitalize()}\n:class: {m[1]}\n"
+        text = re.sub(r'(?m)^::: *\{\.callout-(\w+).*\}\n+(?:#+ (.*)\n)?', callout, text)
+        text = re.sub(r'\$\$ *\{#(eq-[\w-]+)\}', r'$$ (\1)', text)
+        text = re.sub(r'(?<![\w`])@(eq-[\w-]+)', r'{eq}`\1`', text)
+        return re.sub(r'\]\((?![a-z]+:|#)([^)\s#]+)', self.link, text)
+
+    def link(self, m):
+        "A relative link: to a page, to an image beside it, or to a file in the repository"
+        here = Path(self.nb.path_).parent
+        path = Path(normpath((here/m[1]).as_posix()))
+        if path.suffix == '.ipynb': return f']({relpath(_nbpath2html(path).with_suffix(".ipynb"), here)}'
+        return m[0] if cfg.nbs_path in path.parents else f']({repo}/{relpath(path, cfg.config_path)}'
+
+def convert(path):
+    "The notebook at `path`, run and rewritten"
+    procs = [Title, add_show_docs, RunAll, strip_ansi, hide_line, hide_, rm_export, rm_header_dash, ShowDoc, Fences, clean_magics, ToSphinx]
+    nb = NBProcessor(path, procs, process=True).nb
+    nb.metadata = {'language_info': {'name': 'python', 'pygments_lexer': 'ipython3'}}
+    for i, c in enumerate(nb.cells): c.id = f'cell-{i}'
+    return nb
+
+def link_symbols(nb, page, labels):
+    "`name` in backticks links to its section: on this page, else on the only page that has it"
+    def link(m):
+        found = [o for o in labels if o.endswith('.' + m[1].lower())]
+        here = [o for o in found if o.startswith(page + '.')]
+        return f'[{m[0]}](#{(here or found)[0]})' if here or len(found) == 1 else m[0]
+    def line(m): return m[0] if m[0].startswith('#') else re.sub(r'(?<![`\[])`([\w.]+)(?:\(\))?`(?![`\]])', link, m[0])
+    for c in nb.cells:
+        if c.cell_type == 'markdown': c.source = prose(lambda s: re.sub('(?m)^.*$', line, s), c.source)
+
+def number(path):
+    "What a notebook's name starts with; without one it goes last"
+    return int(m[0]) if (m := re.match(r'\d+', path.name)) else 1000
+
+def contents(pages):
+    "The site's sections, one for each folder"
+    res = {}
+    for o in pages: res.setdefault(o.parent.name.replace('_', ' ').capitalize() or 'Foundations', []).append(o.as_posix())
+    return '\n\n'.join(f'```{{toctree}}\n:hidden:\n:caption: {k}\n\n' + '\n'.join(v) + '\n```' for k, v in res.items() if k != 'Index')
+
+def main(out):
+    os.environ.update(IN_TEST='1', PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    files = nbglob(as_path=True)
+    first = {p.parent: min(number(o) for o in files if o.parent == p.parent) for p in files}
+    files = sorted(files, key=lambda p: (first[p.parent], p.parent, number(p), p.name))
+    with ProcessPoolExecutor(mp_context=get_context('spawn'), max_tasks_per_child=1) as pool: # a fresh process each
+        try: nbs = list(pool.map(convert, files))
+        except CellFailed as e: sys.exit(f'{e}')
+    print(files)
+
+if __name__ == '__main__': main(Path(sys.argv[1]).resolve())

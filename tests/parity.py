@@ -1,0 +1,405 @@
+"""Random models of transformers and of NX-AI's `xlstm`, saved by their own code, loaded by this package, and compared.
+
+    pip install torch==2.13.0 && pip install -e '.[parity]'
+    python tests/parity.py [--seed N] [--only TEXT]
+
+Prints one row per configuration and exits with 1 if any is out of its limits: fp32 logits and states 1e-4 absolute,
+loss 1e-5, gradients 1e-3 of each tensor's largest entry, greedy tokens identical. A bfloat16 model has no such
+answer: it may be as far from the fp32 reference as transformers' own bfloat16 model is.
+"""
+import argparse
+import os
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+os.environ["MLX_DISABLE_COMPILE"] = "1"  # hundreds of shapes, each used once: compiling costs more than it saves
+
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import yaml  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+from fixtures.make import hf_gradients, hf_greedy, hf_model, hf_run, randomise, xLSTMForCausalLM  # noqa: E402
+
+import xlstm_metal as xm  # noqa: E402
+from xlstm_metal.blocks.chunkwise import mlstm_chunkwise  # noqa: E402
+from xlstm_metal.blocks.recurrent import mlstm_parallel, mlstm_recurrent, mlstm_step  # noqa: E402
+from xlstm_metal.train.train import lm_loss  # noqa: E402
+
+LIMITS = dict(logits=1e-4, state=1e-4, loss=1e-5, grad=1e-3)
+STEPS = 12  # tokens fed one by one, and tokens generated
+
+
+def to_mx(x):
+    "A torch tensor as an mlx array."
+    return mx.array(x.detach().float().numpy() if x.is_floating_point() else x.numpy())
+
+
+def distance(ours, theirs):
+    "Largest absolute difference, infinite where the shapes differ or a value is not finite."
+    a, b = np.array(ours.astype(mx.float32), np.float64), theirs.detach().double().numpy()
+    if a.shape != b.shape: return np.inf
+    d = np.abs(a - b)
+    return float(d.max()) if np.isfinite(d).all() else np.inf
+
+
+def relative(ours, theirs):
+    "Largest absolute difference over the largest entry of the reference."
+    return distance(ours, theirs) / max(theirs.abs().max().item(), 1e-12)
+
+
+@dataclass
+class Answer:
+    "What a reference computes from `ids`."
+    ids: torch.Tensor
+    logits: torch.Tensor
+    states: list
+    greedy: torch.Tensor | None = None  # its first `prompt` tokens are those of ids
+    prompt: int = 0
+    loss: torch.Tensor | None = None
+    grads: dict = field(default_factory=dict)
+
+
+@dataclass
+class Row:
+    "One line of the table; `notes` say what is out of its limits."
+    name: str
+    sizes: str
+    length: int
+    values: dict = field(default_factory=dict)
+    notes: list = field(default_factory=list)
+    seconds: float = 0.0
+
+    def put(self, key, value, what="", limit=None):
+        "Keep the worst value of a column, and a note if it is beyond the limit."
+        limit = LIMITS[key] if limit is None else limit
+        self.values[key] = max(value, self.values.get(key, 0.0))
+        if not value <= limit: self.notes.append(f"{key} {what}: {value:.2e} > {limit:.0e}")
+
+    def __str__(self):
+        cell = lambda key: f"{self.values[key]:>9.1e}" if key in self.values else f"{'-':>9}"
+        greedy = {True: "equal", False: "DIFFER", None: "-"}[self.values.get("greedy")]
+        return (f"{self.name:<26}{self.sizes:<34}{self.length:>4}{cell('logits')}{cell('state')}{greedy:>8}"
+                f"{cell('loss')}{cell('grad')}{self.seconds:>6.1f}  {'FAIL' if self.notes else 'OK'}")
+
+
+HEADER = (f"{'configuration':<26}{'sizes':<34}{'S':>4}{'|dlogit|':>9}{'|dstate|':>9}{'greedy':>8}"
+          f"{'|dloss|':>9}{'rel grad':>9}{'s':>6}")
+
+
+# ---------------------------------------------------------------- the two references
+
+def tokens(seed, vocab, batch, length):
+    "Random ids without the special tokens."
+    return torch.randint(3, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def hf_case(folder, seed, batch, length, vocab, shard=None, store=None, grads=True, **sizes):
+    "A transformers checkpoint in `folder` and what transformers computes from it."
+    model = hf_model(seed, vocab_size=vocab, **sizes)
+    if store: model = model.to(store)
+    model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
+    model = model.float()  # the reference computes in fp32 on exactly the stored weights
+    ids = tokens(seed + 1, vocab, batch, length)
+    logits, cache = hf_run(model, ids)
+    answer = Answer(ids, logits, list(cache.rnn_state.values()), prompt=max(1, length - STEPS))
+    answer.greedy = hf_greedy(model, ids[:, :answer.prompt], STEPS)
+    if grads and length > 1: answer.loss, answer.grads = hf_gradients(model, ids)
+    return answer
+
+
+def xlstm_case(folder, seed, batch, length, vocab, files=1, weight_mode="single", **sizes):
+    """An NX-AI folder (config.yaml, model_0.safetensors ...) and what `xLSTMLarge` computes.
+
+    The package reads this layout but has no writer; `xlstm_files` writes what its reader takes."""
+    from xlstm.xlstm_large.from_pretrained import load_from_pretrained
+    from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
+    from xlstm.xlstm_large.utils import convert_single_weights_to_fused_weights
+
+    config = xLSTMLargeConfig(vocab_size=vocab, mode="inference", return_last_states=True,
+                              chunkwise_kernel="chunkwise--native_autograd", step_kernel="native",
+                              sequence_kernel="native_sequence__native", autocast_kernel_dtype="float32", **sizes)
+    model = single = randomise(xLSTMLarge(config).eval(), seed)
+    if weight_mode == "fused":  # gradients stay with the single twin: its names are ours
+        config = xLSTMLargeConfig(**{**asdict(config), "weight_mode": "fused"})
+        model = xLSTMLarge(config).eval()
+        model.load_state_dict(convert_single_weights_to_fused_weights(dict(single.state_dict())))
+    xlstm_files(folder, model, files)
+    if weight_mode == "single": model = single = load_from_pretrained(folder).eval()  # its reader takes the folder
+
+    ids = tokens(seed + 1, vocab, batch, length)
+    with torch.no_grad():
+        logits, state = model(ids)
+        answer = Answer(ids, logits, list(state.values()), prompt=max(1, length - STEPS))
+        new, _ = model.generate(ids[:, :answer.prompt], STEPS)
+    answer.greedy = torch.cat([ids[:, :answer.prompt], new], 1)
+    if length > 1:
+        out = single(ids)[0]
+        answer.loss = torch.nn.functional.cross_entropy(out[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        answer.loss.backward()
+        answer.grads = {name.replace("embedding.", "backbone.embeddings.") if name.startswith("embedding.") else name:
+                        p.grad for name, p in single.named_parameters()}
+    return answer
+
+
+def xlstm_files(folder, model, files):
+    "Write a folder in NX-AI's layout with its weights in so many files."
+    tensors = list(model.state_dict().items())
+    per_file = -(-len(tensors) // files)
+    for n in range(files):
+        part = tensors[n * per_file:(n + 1) * per_file]
+        save_file({name: t.contiguous() for name, t in part}, Path(folder) / f"model_{n}.safetensors")
+    (Path(folder) / "config.yaml").write_text(yaml.safe_dump(asdict(model.config)))
+
+
+# ---------------------------------------------------------------- this package
+
+def run(model, ids, pieces):
+    "Feed ids in pieces through one cache; all logits and the states after the last."
+    cache, logits, at = model.make_cache(), [], 0
+    for n in pieces:
+        logits.append(model(ids[:, at:at + n], cache=cache))
+        mx.eval(logits[-1], [c.cache for c in cache])
+        at += n
+    return mx.concatenate(logits, 1), [c.cache for c in cache]
+
+
+def greedy(model, prompt, new):
+    "The prompt and `new` greedy tokens after it."
+    cache, out = model.make_cache(), [prompt]
+    for _ in range(new):
+        out.append(mx.argmax(model(out[-1], cache=cache)[:, -1:], -1))
+        mx.eval(out[-1])
+    return mx.concatenate([x.astype(mx.int32) for x in out], 1)
+
+
+def splits(length):
+    "The ways to feed a sequence: at once, and in two uneven pieces with the last tokens one by one."
+    yield "at once", [length]
+    tail = min(STEPS, length - 1)
+    head = length - tail
+    cut = head * 2 // 3
+    if length > 1: yield "in pieces", [n for n in (cut, head - cut) if n] + [1] * tail
+
+
+def compare(row, folder, answer, dtype=mx.float32, limit=None):
+    "Load the folder with this package and put all differences into the row; `limit` replaces that of logits and states."
+    model, tokenizer = xm.load(str(folder), dtype=dtype)
+    assert tokenizer is None, "a folder without tokenizer files gave a tokenizer"
+    ids = to_mx(answer.ids)
+    row.put("logits", distance(model(ids), answer.logits), "without cache", limit)
+    for what, pieces in splits(row.length):
+        logits, states = run(model, ids, pieces)
+        row.put("logits", distance(logits, answer.logits), what, limit)
+        assert len(states) == len(answer.states), f"{len(states)} states for {len(answer.states)} blocks"
+        for block, (ours, theirs) in enumerate(zip(states, answer.states)):
+            for name, a, b in zip("Cnm", ours, theirs):
+                assert a.dtype == mx.float32, f"state {name} is {a.dtype}"
+                row.put("state", distance(a, b), f"{name} of block {block} {what}", limit)
+    if dtype != mx.float32: return
+
+    row.values["greedy"] = bool((np.array(greedy(model, ids[:, :answer.prompt], STEPS)) == answer.greedy.numpy()).all())
+    if not row.values["greedy"]: row.notes.append("greedy tokens differ")
+    if answer.loss is not None:
+        model.train()
+        loss, grads = nn.value_and_grad(model, lambda m: lm_loss(m, ids))(model)
+        grads = dict(tree_flatten(grads))
+        row.put("loss", distance(loss.reshape(1), answer.loss.reshape(1)))
+        if different := set(grads) ^ set(answer.grads): row.notes.append(f"parameters differ: {sorted(different)}")
+        for name in sorted(set(grads) & set(answer.grads)):
+            row.put("grad", relative(grads[name], answer.grads[name]), name)
+
+
+# ---------------------------------------------------------------- cells
+
+def cell_inputs(seed, batch, heads, length, dqk, dv, igate, fgate):
+    "Float32 inputs of one mLSTM cell, with a state that is not empty."
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape, mean=0.0, std=1.0: rng.normal(mean, std, (batch, heads, *shape)).astype(np.float32)
+    return dict(q=draw(length, dqk), k=draw(length, dqk), v=draw(length, dv), i=draw(length, mean=igate, std=2.0),
+                f=draw(length, mean=fgate, std=2.0), C=draw(dqk, dv), n=draw(dqk), m=draw(1))
+
+
+def cell_weights(seed, batch, heads, length, dqk, dv):
+    "Random weights that make a loss of h and of the state; exp(m_T) makes C_T and n_T independent of the stabiliser."
+    rng = np.random.default_rng(seed)
+    shapes = (length, dv), (dqk, dv), (dqk,)
+    return [rng.normal(size=(batch, heads, *shape)).astype(np.float32) for shape in shapes]
+
+
+def cell_loss(lib, h, state, weights):
+    "The loss of a cell in torch or mlx."
+    C, n, m = state
+    w, wC, wn = weights
+    return (h * w).sum() + (C * lib.exp(m)[..., None] * wC).sum() + (n * lib.exp(m) * wn).sum()
+
+
+def torch_cell(kernel, x, weights, **kwargs):
+    "h, state and gradients of an mlstm_kernels form in float64."
+    leaves = {name: torch.tensor(a, dtype=torch.float64, requires_grad=True) for name, a in x.items()}
+    q, k, v, i, f, C, n, m = leaves.values()
+    h, state = kernel(q=q, k=k, v=v, i=i, f=f, c_initial=C, n_initial=n, m_initial=m, return_last_states=True, **kwargs)
+    loss = cell_loss(torch, h, state, [torch.tensor(w, dtype=torch.float64) for w in weights])
+    return h, state, dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()))))
+
+
+def mx_cell(form, x, weights):
+    "h, state and gradients of one of our forms."
+    weights = [mx.array(w) for w in weights]
+
+    def loss(x):
+        h, state = form(*[x[name] for name in "qkvif"], state=(x["C"], x["n"], x["m"]))
+        return cell_loss(mx, h, state, weights), h, state
+
+    (_, h, state), grads = mx.value_and_grad(loss)({name: mx.array(a) for name, a in x.items()})
+    return h, state, grads
+
+
+def stepped(q, k, v, i, f, state):
+    "`mlstm_step` over a sequence."
+    hs = []
+    for t in range(q.shape[2]):
+        h, state = step_at(q, k, v, i, f, state, t)
+        hs.append(h)
+    return mx.stack(hs, 2), state
+
+
+def step_at(q, k, v, i, f, state, t):
+    "One call of `mlstm_step` on position t."
+    return mlstm_step(q[:, :, t], k[:, :, t], v[:, :, t], i[:, :, t], f[:, :, t], state)
+
+
+def compare_cell(row, seed, batch, heads, length, dqk, dv, chunk, igate=-2.0, fgate=3.0):
+    "Our four forms of the cell against mlstm_kernels' native recurrent and chunkwise forms in float64."
+    from mlstm_kernels.torch.chunkwise.native import mlstm_chunkwise__native_autograd
+    from mlstm_kernels.torch.kernel_wrappers import wrap_chunkwise__arbitrary_sequence_length_with_padding as padded
+    from mlstm_kernels.torch.recurrent import mlstm_recurrent_sequence__native_fw
+
+    x = cell_inputs(seed, batch, heads, length, dqk, dv, igate, fgate)
+    weights = cell_weights(seed + 1, batch, heads, length, dqk, dv)
+    references = {"recurrent": torch_cell(mlstm_recurrent_sequence__native_fw, x, weights, dtype_state=torch.float64)}
+    if length > 1:  # one token takes the step kernel, which works in fp32
+        references["chunkwise"] = torch_cell(padded, x, weights, chunk_size=chunk, dtype_state=torch.float64,
+                                             mlstm_chunkwise_kernel=mlstm_chunkwise__native_autograd,
+                                             mlstm_sequence_kernel=None, mlstm_step_kernel=None)
+    forms = {"recurrent": mlstm_recurrent, "parallel": mlstm_parallel, "step": stepped,
+             "chunkwise": lambda *a, state: mlstm_chunkwise(*a, state=state, chunk_size=chunk),
+             "chunkwise 64": lambda *a, state: mlstm_chunkwise(*a, state=state)}
+    if length > 80: forms.pop("step")  # the loop is that of the recurrent form
+    for form, fn in forms.items():
+        h, state, grads = mx_cell(fn, x, weights)
+        for reference, (h_ref, state_ref, grads_ref) in references.items():
+            what = f"{form} vs {reference}"
+            # h reaches 1e2 where |q.n| is small: relative to 1 + |h|
+            row.put("logits", relative(h, h_ref) if h_ref.abs().max() > 1 else distance(h, h_ref), f"h {what}")
+            for name, a, b in zip("Cnm", state, state_ref): row.put("state", distance(a, b), f"{name} {what}")
+            for name, g in grads_ref.items(): row.put("grad", relative(grads[name], g), f"{name} {what}")
+
+
+# ---------------------------------------------------------------- the configurations
+
+HF = {  # transformers needs head sizes whose totals are multiples of 64
+    "plain":          dict(batch=2, length=200, vocab=97, hidden_size=128, num_heads=4, num_hidden_layers=2, chunk_size=16),
+    "one head":       dict(batch=1, length=64, vocab=33, hidden_size=128, num_heads=1, num_hidden_layers=1),
+    "biases":         dict(batch=2, length=65, vocab=64, hidden_size=128, num_heads=8, num_hidden_layers=2, use_bias=True, chunk_size=32),
+    "wide values":    dict(batch=1, length=127, vocab=50, hidden_size=64, num_heads=2, num_hidden_layers=3, qk_dim_factor=1.0,
+                           v_dim_factor=2.0, ffn_proj_factor=1.3, chunk_size=64),
+    "caps and eps":   dict(batch=3, length=15, vocab=40, hidden_size=128, num_heads=2, num_hidden_layers=2, gate_soft_cap=4.0,
+                           output_logit_soft_cap=8.0, norm_eps=1e-3, eps=1e-2, ffn_round_up_to_multiple_of=32),
+    "three heads":    dict(batch=2, length=63, vocab=71, hidden_size=192, num_heads=3, num_hidden_layers=1, qk_dim_factor=1 / 3),
+    "one token":      dict(batch=2, length=1, vocab=64, hidden_size=128, num_heads=2, num_hidden_layers=2),
+    "sharded":        dict(batch=1, length=16, vocab=64, hidden_size=128, num_heads=2, num_hidden_layers=2, shard="300KB", chunk_size=16),
+    "short prefill":  dict(batch=1, length=200, vocab=64, hidden_size=128, num_heads=4, num_hidden_layers=1, chunk_size=16,
+                           max_inference_chunksize=48, grads=False),
+    "bf16 file":      dict(batch=2, length=65, vocab=64, hidden_size=128, num_heads=4, num_hidden_layers=2, store=torch.bfloat16),
+}
+XLSTM = {
+    "single":         dict(batch=2, length=65, vocab=50, embedding_dim=96, num_heads=3, num_blocks=2, chunk_size=16),
+    "fused":          dict(batch=1, length=127, vocab=64, embedding_dim=60, num_heads=5, num_blocks=2, weight_mode="fused", chunk_size=32),
+    "biases":         dict(batch=2, length=63, vocab=40, embedding_dim=64, num_heads=2, num_blocks=2, use_bias=True, chunk_size=16),
+    "fused biases":   dict(batch=3, length=16, vocab=40, embedding_dim=64, num_heads=4, num_blocks=1, use_bias=True, weight_mode="fused"),
+    "three files":    dict(batch=1, length=200, vocab=30, embedding_dim=80, num_heads=2, num_blocks=3, qk_dim_factor=1.0,
+                           v_dim_factor=0.5, ffn_proj_factor=1.7, ffn_round_up_to_multiple_of=16, files=3),
+    "caps, no norm":  dict(batch=2, length=64, vocab=30, embedding_dim=48, num_heads=2, num_blocks=2, gate_soft_cap=3.0,
+                           output_logit_soft_cap=5.0, add_out_norm=False, norm_eps=1e-4, eps=1e-3),
+}
+CELLS = {
+    "odd sizes":      dict(batch=2, heads=3, length=70, dqk=8, dv=12, chunk=16),
+    "one token":      dict(batch=3, heads=2, length=1, dqk=5, dv=7, chunk=16),
+    "chunk and one":  dict(batch=1, heads=2, length=65, dqk=16, dv=32, chunk=32),
+    "long":           dict(batch=1, heads=1, length=200, dqk=24, dv=40, chunk=128),
+    "small gates":    dict(batch=2, heads=2, length=127, dqk=16, dv=16, chunk=32, igate=-10.0, fgate=4.5),
+    "fast forgetting": dict(batch=2, heads=2, length=64, dqk=9, dv=33, chunk=64, igate=0.0, fgate=-6.0),
+}
+
+
+def bf16_row(row, folder, seed, batch=2, length=64, vocab=64):
+    "A bfloat16 model against fp32: no further off than transformers' own bfloat16 model."
+    answer = hf_case(folder, seed, batch, length, vocab, hidden_size=128, num_heads=4, num_hidden_layers=2,
+                     store=torch.bfloat16, grads=False)
+    half = xLSTMForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    own = (hf_run(half, answer.ids)[0] - answer.logits).abs().max().item()
+    compare(row, folder, answer, dtype=mx.bfloat16, limit=own)
+
+
+def sizes_text(sizes):
+    "D heads x blocks, vocabulary and chunk of a model, or the sizes of a cell."
+    if "dqk" in sizes: return "B{batch} NH{heads} {dqk}x{dv} chunk {chunk}".format(**sizes)
+    width = sizes.get("hidden_size") or sizes.get("embedding_dim")
+    blocks = sizes.get("num_hidden_layers") or sizes.get("num_blocks")
+    return f"B{sizes['batch']} D{width} H{sizes['num_heads']} L{blocks} V{sizes['vocab']} chunk {sizes.get('chunk_size', 64)}"
+
+
+def rows(seed):
+    "Every configuration: its row and the function that fills it."
+    def model_case(make, sizes, seed):
+        def fill(row, folder): compare(row, folder, make(folder, seed, **sizes))
+        return fill
+
+    for family, make, table in (("transformers", hf_case, HF), ("xlstm", xlstm_case, XLSTM)):
+        for name, sizes in table.items():
+            seed += 10
+            yield Row(f"{family} {name}", sizes_text(sizes), sizes["length"]), model_case(make, sizes, seed)
+    yield Row("transformers bf16", "B2 D128 H4 L2 V64 chunk 64", 64), lambda row, folder: bf16_row(row, folder, seed + 10)
+    for name, sizes in CELLS.items():
+        seed += 10
+        yield (Row(f"cell {name}", sizes_text(sizes), sizes["length"]),
+               lambda row, folder, sizes=sizes, seed=seed: compare_cell(row, seed, **sizes))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0, help="of weights, tokens and cell inputs")
+    parser.add_argument("--only", default="", help="rows whose name holds this text")
+    parser.add_argument("--trace", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+    print(HEADER)
+    failed = total = 0
+    for row, fill in rows(args.seed * 10_000):
+        if args.only not in row.name: continue
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            try: fill(row, folder)
+            except Exception as error:  # one broken configuration must not hide the others
+                if args.trace: traceback.print_exc()
+                row.notes.append(f"{type(error).__name__}: {error}")
+        row.seconds = time.perf_counter() - start
+        print(row, *[f"    {note}" for note in row.notes[:6]], sep="\n", flush=True)
+        total, failed = total + 1, failed + bool(row.notes)
+    print(f"{total - failed} of {total} configurations agree")
+    return int(failed > 0 or total == 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

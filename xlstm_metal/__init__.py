@@ -1,0 +1,25 @@
+"""xLSTM language models on Apple's MLX, written as notebooks.
+
+The names below are imported when they are first used, so that `import xlstm_metal` stays light.
+"""
+__version__ = "0.1.0"
+
+from importlib import import_module as _import_module
+
+_home = {
+    "load": "model.checkpoint", "info": "model.checkpoint",
+    "Model": "model.xlstm", "xLSTMConfig": "model.config",
+    "generate": "generation.generate", "stream": "generation.generate",
+    "xLSTMRunner": "generation.runner",
+}
+__all__ = ["__version__", *_home]
+
+
+def __getattr__(name):
+    if name not in _home: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(_import_module(f"{__name__}.{_home[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__(): return sorted({*globals(), *__all__})
