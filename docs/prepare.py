@@ -1,9 +1,10 @@
 """`prepare.py OUT` runs every notebook under nbs/ and rewrites it for Sphinx."""
-import os, re, sys, shutil
+import os, re, sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from posixpath import normpath, relpath
+from shutil import copytree, ignore_patterns
 
 from execnb.nbio import mk_cell, nb2str, read_nb
 from execnb.shell import CaptureShell, format_exc
@@ -30,6 +31,14 @@ def to_md(cell, text):
 def prose(f, text):
     "`text` with `f` applied outside of fenced code"
     return ''.join(o if o.startswith('```') else f(o) for o in re.split(r'(?ms)(^```.*?^``` *$)', text))
+
+def page(path):
+    "Where the notebook at `path` is found on the site: its path without numbers and suffix"
+    return _nbpath2html(Path(path).relative_to(cfg.nbs_path)).with_suffix('').as_posix()
+
+def label(page, name):
+    "Sphinx's labels have no capitals; `Info` and `info` still need one each"
+    return f"{page.replace('/', '.')}{':' if name.islower() else '::'}{name.lower()}"
 
 def fence(text, info, *options):
     "A code block in MyST"
@@ -71,15 +80,14 @@ class ShowDoc(Processor):
     "A section for each documented symbol; where its source is shown too, that and the heading say it all"
     def section(self, cells, body=True):
         md = [''.join(o.data['text/markdown']) for c in cells for o in c.outputs if 'text/markdown' in o.get('data', {})]
-        docs = [re.match(r'---\n+(?:\[source\]\((\S+)\)\{.*\}\n+)?(#+) (\S+)\n(.*)', o, re.S).groups() for o in md]
-        page = _nbpath2html(Path(self.nb.path_).relative_to(cfg.nbs_path)).with_suffix('').as_posix()
-        res = [f"({page.replace('/', '.')}.{nm})=".lower() for _,_,nm,_ in docs]
-        res.append(f"{docs[0][1]} {', '.join(f'`{nm}`' for _,_,nm,_ in docs)}\n")
-        if docs[0][0]: res.append(f'{{.nb-source}}\n[source]({docs[0][0]})\n')
-        return mk_cell('\n'.join(res + [o[3] for o in docs if body]), 'markdown')
+        links, levels, names, docs = zip(*(re.match(r'---\n+(?:\[source\]\((\S+)\)\{.*\}\n+)?(#+) (\S+)\n(.*)', o, re.S).groups() for o in md))
+        self.nb.symbols_ += names
+        head = [f'({label(page(self.nb.path_), nm)})=' for nm in names] + [f"{levels[0]} {', '.join(f'`{nm}`' for nm in names)}\n"]
+        if links[0]: head.append(f'{{.nb-source}}\n[source]({links[0]})\n')
+        return mk_cell('\n'.join(head + (list(docs) if body else [])), 'markdown')
 
     def begin(self): # from the end, as `add_show_docs` inserts a cell's symbols last one first
-        cells, docs = [], []
+        cells, docs, self.nb.symbols_ = [], [], []
         for c in reversed(self.nb.cells):
             if 'has_sd' in c: docs.append(c)
             elif c.source.startswith('show_doc('): cells.insert(0, self.section([c]))
@@ -130,34 +138,44 @@ def convert(path):
     for i, c in enumerate(nb.cells): c.id = f'cell-{i}'
     return nb
 
-def link_symbols(nb, page, labels):
-    "`name` in backticks links to its section: on this page, else on the only page that has it"
+def link_symbols(nb, symbols):
+    "`name` in backticks links to its section: on this page, else on the only page that has one"
+    here = page(nb.path_)
     def link(m):
-        found = [o for o in labels if o.endswith('.' + m[1].lower())]
-        here = [o for o in found if o.startswith(page + '.')]
-        return f'[{m[0]}](#{(here or found)[0]})' if here or len(found) == 1 else m[0]
+        name = m[1] if m[1] in symbols else m[1].split('.')[0] # a method that has no section: its class
+        pages = symbols.get(name, [])
+        if here not in pages and len(pages) != 1: return m[0]
+        return f'[{m[0]}](#{label(here if here in pages else pages[0], name)})'
     def line(m): return m[0] if m[0].startswith('#') else re.sub(r'(?<![`\[])`([\w.]+)(?:\(\))?`(?![`\]])', link, m[0])
     for c in nb.cells:
         if c.cell_type == 'markdown': c.source = prose(lambda s: re.sub('(?m)^.*$', line, s), c.source)
 
-def number(path):
-    "What a notebook's name starts with; without one it goes last"
-    return int(m[0]) if (m := re.match(r'\d+', path.name)) else 1000
+def notebooks():
+    "All notebooks by number; a folder stands where its first one does, what has no number comes last"
+    files = nbglob(as_path=True)
+    num = {p: int(m[0]) if (m := re.match(r'\d+', p.name)) else 1000 for p in files}
+    first = {p.parent: min(num[o] for o in files if o.parent == p.parent) for p in files}
+    return sorted(files, key=lambda p: (first[p.parent], p.parent, num[p], p.name))
 
 def contents(pages):
-    "The site's sections, one for each folder"
-    res = {}
-    for o in pages: res.setdefault(o.parent.name.replace('_', ' ').capitalize() or 'Foundations', []).append(o.as_posix())
-    return '\n\n'.join(f'```{{toctree}}\n:hidden:\n:caption: {k}\n\n' + '\n'.join(v) + '\n```' for k, v in res.items() if k != 'Index')
+    "The sidebar: a part for each folder"
+    parts = {}
+    for p in pages: parts.setdefault(p.rpartition('/')[0], []).append(p)
+    def part(d, ps): return '\n'.join(['```{toctree}', ':hidden:', f":caption: {d.replace('_', ' ').capitalize() or 'Foundations'}", '', *ps, '```'])
+    return '\n\n'.join(part(d, ps) for d, ps in parts.items())
 
 def main(out):
     os.environ.update(IN_TEST='1', PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    files = nbglob(as_path=True)
-    first = {p.parent: min(number(o) for o in files if o.parent == p.parent) for p in files}
-    files = sorted(files, key=lambda p: (first[p.parent], p.parent, number(p), p.name))
-    with ProcessPoolExecutor(mp_context=get_context('spawn'), max_tasks_per_child=1) as pool: # a fresh process each
-        try: nbs = list(pool.map(convert, files))
+    with ProcessPoolExecutor(mp_context=get_context('spawn'), max_tasks_per_child=1) as pool: # a process for each notebook
+        try: nbs = {page(nb.path_): nb for nb in pool.map(convert, notebooks())}
         except CellFailed as e: sys.exit(f'{e}')
-    print(files)
+    nbs['index'].cells.append(mk_cell(contents([p for p in nbs if p != 'index']), 'markdown', id='contents'))
+    symbols = {}
+    for p, nb in nbs.items():
+        for s in nb.symbols_: symbols.setdefault(s, []).append(p)
+    copytree(cfg.nbs_path, out, ignore=ignore_patterns('*.ipynb', '.*', '_*'), dirs_exist_ok=True) # pictures
+    for p, nb in nbs.items():
+        link_symbols(nb, symbols)
+        (out/f'{p}.ipynb').write_text(nb2str(nb), encoding='utf-8')
 
 if __name__ == '__main__': main(Path(sys.argv[1]).resolve())
