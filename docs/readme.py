@@ -13,8 +13,10 @@ def block(text, lang=''): return f'```{lang}\n{text.strip()}\n```'
 def markdown(text):
     "The subtitle as plain text, callouts as GitHub's, links relative to the repository's root"
     def link(m): return f'{m[1]}({normpath(f"{cfg.nbs_path.name}/{m[2]}")}'
-    def callout(m): return '\n'.join(f'> {l}'.rstrip() for l in [f'[!{m[1].upper()}]', *([f'**{m[2]}**', ''] if m[2] else []), *m[3].splitlines()])
-    text = re.sub(r'\A(# .*\n+)> ', r'\1', text)
+    def callout(m):
+        title = f'**{m[2]}**\n\n' if m[2] else ''
+        return re.sub('(?m)^(?=.)', '> ', f'[!{m[1].upper()}]\n{title}{m[3]}').replace('\n\n', '\n>\n')
+    text = re.sub(r'\A# .*\n+(>.*\n?)+', lambda m: re.sub('(?m)^> ?', '', m[0]), text)
     text = re.sub(r'(?ms)^::: *\{\.callout-(\w+)[^\n]*\}\n+(?:#+ ([^\n]*)\n+)?(.*?)\n:::$', callout, text)
     text = re.sub(r'\$\$ *\{#eq-[\w-]+\}', '$$', text)
     return re.sub(r'(\])\((?![a-z]+:|#)([^)\s#]+)', link, text)
@@ -26,12 +28,15 @@ def code(cell):
     source = '\n'.join(l for l in cell.source.splitlines() if not l.startswith('#|'))
     if 'echo:' not in off and source.strip(): yield block(source, 'sh' if 'bash' in cell.directives_ else 'python')
     for o in () if 'output:' in off else cell.outputs:
-        text = o.text if o.get('name') == 'stdout' else o.get('data', {}).get('text/plain', [])
-        if text and not any(k.startswith('image/') for k in o.get('data', {})): yield block(''.join(text))
+        data = o.get('data', {})
+        if 'text/markdown' in data: yield ''.join(data['text/markdown'])
+        elif o.get('name') == 'stdout': yield block(''.join(o.text))
+        elif 'text/plain' in data and 'image/png' not in data: yield block(''.join(data['text/plain']))
 
 def main():
     nb = NBProcessor(cfg.nbs_path/'index.ipynb', [strip_ansi, hide_line, hide_, rm_export, clean_magics], process=True).nb
-    parts = [p for c in nb.cells for p in ([markdown(c.source)] if c.cell_type == 'markdown' else code(c) if c.cell_type == 'code' else [])]
+    parts = []
+    for c in nb.cells: parts += [markdown(c.source)] if c.cell_type == 'markdown' else code(c)
     (cfg.config_path/'README.md').write_text('\n\n'.join(parts) + '\n', encoding='utf-8')
 
 if __name__ == '__main__': main()

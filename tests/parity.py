@@ -4,8 +4,9 @@
     python tests/parity.py [--seed N] [--draws N] [--only TEXT]
 
 Prints one row per configuration and exits with 1 if any is out of its limits: fp32 logits and states 1e-4 absolute,
-loss 1e-5, gradients 1e-3 of each tensor's largest entry, greedy tokens identical. In the rows of cells the column of logits is h over 1 + |h|. A bfloat16 model has no exact
-answer: it may be twice as far from the fp32 reference as transformers' own bfloat16 model is.
+loss 1e-5, gradients 1e-3 of each tensor's largest entry, greedy tokens identical. In the rows of cells the column of
+logits is h over 1 + |h|, and the references work in float64. A bfloat16 model has no exact answer: its logits may be
+twice as far from the fp32 reference as those of transformers' own bfloat16 model, its fp32 states no further.
 """
 import argparse
 import os
@@ -87,8 +88,8 @@ class Row:
     def __str__(self):
         cell = lambda key: f"{self.values[key]:>9.1e}" if key in self.values else f"{'-':>9}"
         greedy = {True: "equal", False: "DIFFER", None: "-"}[self.values.get("greedy")]
-        return (f"{self.name:<28}{sizes_text(self.config):<31}{self.config['length']:>4}{cell('logits')}{cell('state')}{greedy:>8}"
-                f"{cell('loss')}{cell('grad')}{self.seconds:>6.1f}  {'FAIL' if self.notes else 'OK'}")
+        return (f"{self.name:<28}{sizes_text(self.config):<31}{self.config['length']:>4}{cell('logits')}{cell('state')}"
+                f"{greedy:>8}{cell('loss')}{cell('grad')}{self.seconds:>6.1f}  {'FAIL' if self.notes else 'OK'}")
 
 
 HEADER = (f"{'configuration':<28}{'sizes':<31}{'S':>4}{'|dlogit|':>9}{'|dstate|':>9}{'greedy':>8}"
@@ -307,14 +308,16 @@ def compare_cell(row, seed, batch, heads, length, dqk, dv, chunk, igate=-2.0, fg
 HF = {  # transformers needs head sizes whose totals are multiples of 64
     "plain":          dict(batch=2, length=200, vocab=97, hidden_size=128, num_heads=4, num_hidden_layers=2, chunk_size=16),
     "one head":       dict(batch=1, length=64, vocab=33, hidden_size=128, num_heads=1, num_hidden_layers=1),
-    "biases":         dict(batch=2, length=65, vocab=64, hidden_size=128, num_heads=8, num_hidden_layers=2, use_bias=True, chunk_size=32),
+    "biases":         dict(batch=2, length=65, vocab=64, hidden_size=128, num_heads=8, num_hidden_layers=2, use_bias=True,
+                           chunk_size=32),
     "wide values":    dict(batch=1, length=127, vocab=50, hidden_size=64, num_heads=2, num_hidden_layers=3, qk_dim_factor=1.0,
                            v_dim_factor=2.0, ffn_proj_factor=1.3, chunk_size=64),
     "caps and eps":   dict(batch=3, length=15, vocab=40, hidden_size=128, num_heads=2, num_hidden_layers=2, gate_soft_cap=4.0,
                            output_logit_soft_cap=8.0, norm_eps=1e-3, eps=1e-2, ffn_round_up_to_multiple_of=32),
     "three heads":    dict(batch=2, length=63, vocab=71, hidden_size=192, num_heads=3, num_hidden_layers=1, qk_dim_factor=1.0),
     "one token":      dict(batch=2, length=1, vocab=64, hidden_size=128, num_heads=2, num_hidden_layers=2),
-    "sharded":        dict(batch=1, length=16, vocab=64, hidden_size=128, num_heads=2, num_hidden_layers=2, shard="300KB", chunk_size=16),
+    "sharded":        dict(batch=1, length=16, vocab=64, hidden_size=128, num_heads=2, num_hidden_layers=2, shard="300KB",
+                           chunk_size=16),
     # two switches that transformers writes into the config and ignores: the tensors are there and count
     "tied":           dict(batch=1, length=16, vocab=64, hidden_size=64, num_heads=2, num_hidden_layers=1, qk_dim_factor=1.0,
                            tie_word_embeddings=True),
@@ -326,9 +329,12 @@ HF = {  # transformers needs head sizes whose totals are multiples of 64
 }
 XLSTM = {
     "single":         dict(batch=2, length=65, vocab=50, embedding_dim=96, num_heads=3, num_blocks=2, chunk_size=16),
-    "fused":          dict(batch=1, length=127, vocab=64, embedding_dim=60, num_heads=5, num_blocks=2, weight_mode="fused", chunk_size=32),
-    "biases":         dict(batch=2, length=63, vocab=40, embedding_dim=64, num_heads=2, num_blocks=2, use_bias=True, chunk_size=16),
-    "fused biases":   dict(batch=3, length=16, vocab=40, embedding_dim=64, num_heads=4, num_blocks=1, use_bias=True, weight_mode="fused"),
+    "fused":          dict(batch=1, length=127, vocab=64, embedding_dim=60, num_heads=5, num_blocks=2, weight_mode="fused",
+                           chunk_size=32),
+    "biases":         dict(batch=2, length=63, vocab=40, embedding_dim=64, num_heads=2, num_blocks=2, use_bias=True,
+                           chunk_size=16),
+    "fused biases":   dict(batch=3, length=16, vocab=40, embedding_dim=64, num_heads=4, num_blocks=1, use_bias=True,
+                           weight_mode="fused"),
     "bf16 file":      dict(batch=2, length=15, vocab=40, embedding_dim=64, num_heads=2, num_blocks=2, store=torch.bfloat16),
     "three files":    dict(batch=1, length=200, vocab=30, embedding_dim=80, num_heads=2, num_blocks=3, qk_dim_factor=1.0,
                            v_dim_factor=0.5, ffn_proj_factor=1.7, ffn_round_up_to_multiple_of=16, files=3),
@@ -345,9 +351,8 @@ CELLS = {
     "small gates":    dict(batch=2, heads=2, length=127, dqk=16, dv=16, chunk=32, igate=-10.0, fgate=4.5),
     "fast forgetting": dict(batch=2, heads=2, length=64, dqk=9, dv=33, chunk=64, igate=0.0, fgate=-6.0),
 }
-
-
-BF16 = dict(batch=2, length=64, vocab=64, hidden_size=128, num_heads=4, num_hidden_layers=2, store=torch.bfloat16, grads=False)
+BF16 = dict(batch=2, length=64, vocab=64, hidden_size=128, num_heads=4, num_hidden_layers=2, store=torch.bfloat16,
+            grads=False)
 
 
 def draw_sizes(rng, family):
@@ -366,7 +371,8 @@ def draw_sizes(rng, family):
                  ffn_round_up_to_multiple_of=pick(8, 64), use_bias=pick(False, True), store=pick(None, torch.bfloat16),
                  gate_soft_cap=pick(5.0, 15.0), output_logit_soft_cap=pick(10.0, 30.0), eps=pick(1e-6, 1e-3),
                  norm_eps=pick(1e-6, 1e-4))
-    if family == "transformers": return sizes | dict(hidden_size=width, num_hidden_layers=blocks, shard=pick(None, "200KB"))
+    if family == "transformers":
+        return sizes | dict(hidden_size=width, num_hidden_layers=blocks, shard=pick(None, "200KB"))
     return sizes | dict(embedding_dim=width, num_blocks=blocks, files=pick(1, 2), add_out_norm=pick(True, False),
                         weight_mode=pick("single", "fused"))
 
@@ -377,13 +383,13 @@ def model_row(row, folder, make, seed):
 
 
 def bf16_row(row, folder, seed):
-    "A bfloat16 model against fp32: at most twice as far off as transformers' own bfloat16 model."
+    "A bfloat16 model against fp32, measured by how far off transformers' own bfloat16 model is."
     answer = hf_case(folder, seed, **row.config)
     half = xLSTMForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     logits, cache = hf_run(half, answer.ids)
     far = lambda a, b: (a.float() - b).abs().max().item()
     states = [far(a, b) for ours, theirs in zip(cache.rnn_state.values(), answer.states) for a, b in zip(ours, theirs)]
-    limits = dict(logits=2 * far(logits, answer.logits), state=2 * max(states))
+    limits = dict(logits=2 * far(logits, answer.logits), state=max(states))
     compare(row, folder, answer, dtype=mx.bfloat16, limits=limits)
 
 

@@ -35,7 +35,8 @@ def encode(
     start: bool = True, # at the beginning of a document: BOS belongs in front
 ) -> list[int]: # token ids
     "Text to ids, with exactly one BOS at the start if tokenizer or config want one."
-    ids = tokenizer.encode(text, add_special_tokens=start)
+    written = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token) # by a chat template, say
+    ids = tokenizer.encode(text, add_special_tokens=start and not written)
     bos = tokenizer.bos_token_id if config.bos_token_id is None else config.bos_token_id
     if start and config.force_bos_token_insert and bos is not None and ids[:1] != [bos]: ids = [bos, *ids]
     return ids
