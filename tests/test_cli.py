@@ -1,0 +1,168 @@
+"The command line as a process: what people type, what goes wrong, and how it ends."
+import json
+import os
+import pty
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+from math import prod
+from pathlib import Path
+
+import pytest
+
+ENV = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+XLSTM = [sys.executable, "-m", "xlstm_metal"]
+
+
+def run(*args, **kw):
+    return subprocess.run([*XLSTM, *map(str, args)], capture_output=True, text=True, env=ENV | kw.pop("env", {}), timeout=120, **kw)
+
+
+def test_generate_streams_and_reports():
+    r = run("generate", "-p", "def f(x):", "--max-tokens", 20)
+    assert r.returncode == 0 and r.stdout.startswith("def f(x):") and len(r.stdout) > 20
+    assert "prompt" in r.stderr and "tokens/s" in r.stderr and "peak memory" in r.stderr
+    assert r.stderr.count("\n") == 1
+
+
+def test_text_arrives_while_it_is_made():
+    p = subprocess.Popen([*XLSTM, "generate", "-p", "import os\n", "--max-tokens", "2000"], stdout=subprocess.PIPE, env=ENV)
+    seen = [os.read(p.stdout.fileno(), 65536) for _ in range(30)]
+    early = p.poll() is None
+    p.send_signal(signal.SIGINT)
+    assert early and all(seen) and p.wait(20) == 130
+
+
+def test_greedy_and_seed_repeat():
+    a, b = (run("generate", "-p", "class A", "--max-tokens", 12).stdout for _ in "ab")
+    assert a == b
+    wild = ["generate", "-p", "class A", "--max-tokens", 12, "-t", 1.2, "--top-k", 50, "--top-p", .95, "--min-p", .01, "--repetition-penalty", 1.1, "--seed"]
+    x, y, z = (run(*wild, s).stdout for s in (1, 1, 2))
+    assert x == y != z
+
+
+def test_stop_and_standard_input():
+    r = run("generate", "-p", "-", "--max-tokens", 60, "--stop", "\n", "--stop", "(", input="import ")
+    assert r.returncode == 0 and "(" not in r.stdout and r.stdout.count("\n") == 1
+
+
+def refused(*args, **kw):
+    r = run(*args, **kw)
+    assert r.returncode == 2 and r.stdout == "" and r.stderr.count("\n") == 1 and "Traceback" not in r.stderr, r.stderr
+    return r.stderr
+
+
+@pytest.mark.parametrize("args, says", [
+    (["generate", "-p", ""], "the prompt is empty"),
+    (["generate"], "there is no prompt"),
+    (["generate", "-p", "x", "--max-tokens", -1], "max_tokens must be 0 or more, not -1"),
+    (["generate", "-p", "x", "-t", "-0.1"], "temperature must be 0 or above, not -0.1"),
+    (["generate", "-p", "x", "--top-p", 1.5], "top_p must be above 0 and at most 1, not 1.5"),
+    (["generate", "-p", "x", "-m", "./no/such/folder"], "there is no folder ./no/such/folder"),
+    (["generate", "-p", "x", "-m", "nobody"], "a hub id looks like owner/name"),
+    (["generate", "-p", "x", "-m", "nobody/nothing"], "not in the local cache, and the hub cannot be reached"),
+    (["info", "-m", "nobody/nothing"], "not in the local cache, and the hub cannot be reached"),
+])
+def test_refusals(args, says, tmp_path):
+    assert says in refused(*args, env={"HF_HOME": str(tmp_path)})
+
+
+def test_gpu_that_is_not_there():
+    import mlx.core as mx
+    if mx.is_available(mx.gpu): pytest.skip("this machine has a GPU")
+    assert "there is no GPU" in refused("generate", "-p", "x", "--device", "gpu")
+
+
+def test_refusals_come_before_work():
+    start = time.perf_counter()
+    refused("generate", "-p", "x", "-m", "./no/such/folder", "--max-tokens", -1)
+    assert time.perf_counter() - start < 5
+
+
+def test_broken_checkpoint(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type="llama")))
+    assert "model_type 'llama' is not an xLSTM" in refused("info", "-m", tmp_path)
+
+
+def sparse_7b(folder: Path):
+    "The headers of xLSTM 7B in six shards, three of 32 blocks with real tensors, the rest holes in the files."
+    D, F, V, NH, QK = 4096, 10944, 50304, 8, 2048
+    block = {"norm_mlstm.weight": [D], "norm_ffn.weight": [D], "mlstm_layer.q.weight": [QK, D], "mlstm_layer.k.weight": [QK, D],
+             "mlstm_layer.v.weight": [D, D], "mlstm_layer.ogate_preact.weight": [D, D], "mlstm_layer.out_proj.weight": [D, D],
+             "mlstm_layer.igate_preact.weight": [NH, D], "mlstm_layer.igate_preact.bias": [NH], "mlstm_layer.fgate_preact.weight": [NH, D],
+             "mlstm_layer.fgate_preact.bias": [NH], "mlstm_layer.multihead_norm.weight": [D],
+             "ffn.proj_up_gate.weight": [F, D], "ffn.proj_up.weight": [F, D], "ffn.proj_down.weight": [D, F]}
+    shapes = {"backbone.embeddings.weight": [V, D], "backbone.out_norm.weight": [D], "lm_head.weight": [V, D]}
+    shapes |= {f"backbone.blocks.{b}.{n}": s for b in range(32) for n, s in block.items()}
+    names, where = list(shapes), {}
+    for s in range(6):
+        header, at, file = {}, 0, f"model-{s + 1:05d}-of-00006.safetensors"
+        for n in names[s::6]:
+            end = at + 4 * prod(shapes[n])
+            header[n], at, where[n] = dict(dtype="F32", shape=shapes[n], data_offsets=[at, end]), end, file
+        text = json.dumps(header).encode()
+        with open(folder / file, "wb") as f:
+            f.write(struct.pack("<Q", len(text)) + text)
+            f.write(os.urandom(1 << 20))
+            f.truncate(8 + len(text) + at)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=where)))
+    config = dict(model_type="xlstm", embedding_dim=D, num_blocks=32, num_heads=NH, head_dim=512, vocab_size=V, force_bos_token_insert=True, eos_token_id=2)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_info_of_7b_is_quick_and_small(tmp_path):
+    sparse_7b(tmp_path)
+    start = time.perf_counter()
+    r = run("info", "-m", tmp_path, "--show-wiring")
+    took = time.perf_counter() - start
+    assert r.returncode == 0, r.stderr
+    for fact in ("6,865,424,896", "27.5 GB stored", "134 MB per sequence", "8 of 256 (query, key) by 512 (value)", "32 mLSTM", "6 files", "block 31"): assert fact in r.stdout
+    assert took < 2, took
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024 < 2000 # MB, the largest child of this whole run; models here are small
+
+
+def test_help_is_quick():
+    best = 9
+    for _ in range(3):
+        start = time.perf_counter(); assert run("generate", "--help").returncode == 0
+        best = min(best, time.perf_counter() - start)
+    assert best < .5, best
+
+
+def test_chat_keeps_state_and_ends_at_end_of_input():
+    one = run("chat", "--max-tokens", 16, input="class Box:\nimport re\n")
+    two = run("chat", "--max-tokens", 16, input="class Box:\n/reset\nimport re\n")
+    assert one.returncode == two.returncode == 0 and one.stdout != two.stdout
+
+
+def terminal(*args):
+    "Start a command on a terminal of its own; its process id and a function that reads until a text appears."
+    pid, fd = pty.fork()
+    if pid == 0: os.execve(sys.executable, [*XLSTM, *args], ENV)
+    text = bytearray()
+
+    def until(want, within=60, after=0):
+        end = time.time() + within
+        while want.encode() not in text[after:]:
+            assert time.time() < end, text.decode(errors="replace")
+            try: text.extend(os.read(fd, 4096))
+            except OSError: break # the terminal is closed
+        return len(text)
+    return pid, fd, until
+
+
+def test_chat_on_a_terminal():
+    pid, fd, until = terminal("chat", "--max-tokens", "100000")
+    until("> ")
+    os.write(fd, b"import os\n"); at = until("import os"); until("\n", after=at)
+    time.sleep(1)
+    os.write(fd, b"\x03")           # Ctrl-C: the answer stops, the conversation goes on
+    at = until("> ", after=at)
+    os.write(fd, b"import sys\n"); at = until("import sys", after=at)
+    time.sleep(1)
+    os.write(fd, b"\x03"); until("> ", after=at)
+    os.write(fd, b"\x04")           # Ctrl-D: leave
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
