@@ -35,6 +35,7 @@ from fixtures.make import hf_gradients, hf_greedy, hf_model, hf_run, randomise, 
 import xlstm_metal as xm  # noqa: E402
 from xlstm_metal.blocks.chunkwise import mlstm_chunkwise  # noqa: E402
 from xlstm_metal.blocks.recurrent import mlstm_parallel, mlstm_recurrent, mlstm_step  # noqa: E402
+from xlstm_metal.model.checkpoint import bundled  # noqa: E402
 from xlstm_metal.train.train import lm_loss  # noqa: E402
 
 LIMITS = dict(logits=1e-4, state=1e-4, loss=1e-5, grad=1e-3)
@@ -195,7 +196,7 @@ def splits(length):
 def compare(row, folder, answer, dtype=mx.float32, limits=LIMITS):
     "Load the folder with this package and put all differences into the row."
     model, tokenizer = xm.load(str(folder), dtype=dtype)
-    assert tokenizer is None, "a folder without tokenizer files gave a tokenizer"
+    assert (tokenizer is None) != (Path(folder) / "tokenizer.json").exists(), "a tokenizer where there is none, or none where there is one"
     ids = to_mx(answer.ids)
     row.put("logits", distance(model(ids), answer.logits), "without cache", limits)
     for what, pieces in splits(ids.shape[1]):
@@ -354,6 +355,8 @@ CELLS = {
 BF16 = dict(batch=2, length=64, vocab=64, hidden_size=128, num_heads=4, num_hidden_layers=2, store=torch.bfloat16,
             grads=False)
 
+BUNDLED = dict(batch=1, length=150, vocab=4096, hidden_size=256, num_heads=4, num_hidden_layers=6)
+
 
 def draw_sizes(rng, family):
     "A random configuration that the reference can run."
@@ -393,6 +396,17 @@ def bf16_row(row, folder, seed):
     compare(row, folder, answer, dtype=mx.bfloat16, limits=limits)
 
 
+def bundled_row(row, folder, seed):
+    "The model that comes with the package, which transformers reads from the same folder."
+    model = xLSTMForCausalLM.from_pretrained(bundled, dtype=torch.float32, autocast_kernel_dtype="float32").eval()
+    ids = tokens(seed, row.config["vocab"], row.config["batch"], row.config["length"])
+    logits, cache = hf_run(model, ids)
+    answer = Answer(ids, logits, list(cache.rnn_state.values()), prompt=row.config["length"] - STEPS)
+    answer.greedy = hf_greedy(model, ids[:, :answer.prompt], STEPS)
+    answer.loss, answer.grads = hf_gradients(model, ids)
+    compare(row, bundled, answer)
+
+
 def cell_row(row, folder, seed):
     "A cell of mlstm_kernels against the four forms of this package."
     compare_cell(row, seed, **row.config)
@@ -413,6 +427,7 @@ def rows(seed, draws):
     for family, make, table in (("transformers", hf_case, HF), ("xlstm", xlstm_case, XLSTM)):
         for name, sizes in {**table, **{f"drawn {n}": draw_sizes(rng, family) for n in range(draws)}}.items():
             yield Row(f"{family} {name}", sizes), partial(model_row, make=make, seed=own(name))
+    yield Row("transformers bundled", BUNDLED), partial(bundled_row, seed=own("bundled"))
     yield Row("transformers bf16", BF16), partial(bf16_row, seed=own("bf16"))
     for name, sizes in CELLS.items():
         yield Row(f"cell {name}", sizes), partial(cell_row, seed=own(name))
