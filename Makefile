@@ -4,10 +4,13 @@ BIN := $(CURDIR)/.venv/bin
 OS := $(shell uname)
 # mlx-lm's names for MLX's builds: none on a Mac, cuda13 with an NVIDIA driver, else cpu
 MLX := $(if $(filter Darwin,$(OS)),,$(if $(shell command -v nvidia-smi),cuda13,cpu))
+empty :=
 comma := ,
-extra = [$(1)$(if $(and $(1),$(MLX)),$(comma))$(MLX)]
+bracket = $(if $(1),[$(subst $(empty) $(empty),$(comma),$(1))])
+extra = $(call bracket,$(strip $(1) $(MLX)))
 LIMIT := $(if $(shell command -v timeout),timeout 900)
 SERIAL := $(if $(filter Darwin,$(OS)),--n_workers 0)
+# for the shell cells of notebooks
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -16,40 +19,41 @@ help:            ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 16
 
 demo: .venv/run         ## stream text from the bundled model
-	xlstm-metal generate --prompt 'class Queue:' --max-tokens 120
+	$(BIN)/xlstm-metal generate --prompt 'class Queue:' --max-tokens 120
 
 test: .venv/dev         ## a fresh export changes nothing; notebooks; pytest
 	sh tests/fresh_export.sh
-	MLX_DISABLE_COMPILE=1 $(LIMIT) nbdev_test $(SERIAL)
-	MLX_DISABLE_COMPILE=1 $(LIMIT) python -m pytest
+	MLX_DISABLE_COMPILE=1 $(LIMIT) $(BIN)/nbdev_test $(SERIAL)
+	MLX_DISABLE_COMPILE=1 $(LIMIT) $(BIN)/python -m pytest
 
 parity: .venv-parity/run ## live against transformers and NX-AI's package
 	.venv-parity/bin/python tests/parity.py
 
 docs: .venv/dev build/npm/node_modules/katex ## the site, in build/docs
 	rm -rf build/docs-src build/docs
-	MLX_DISABLE_COMPILE=1 python docs/prepare.py build/docs-src
-	sphinx-build -q -W --keep-going -b html -c docs build/docs-src build/docs
+	MLX_DISABLE_COMPILE=1 $(BIN)/python docs/prepare.py build/docs-src
+	$(BIN)/sphinx-build -q -W --keep-going -b html -c docs build/docs-src build/docs
 
 lab: .venv/dev          ## the notebooks, in JupyterLab
-	jupyter lab nbs/index.ipynb
+	$(BIN)/jupyter lab nbs/index.ipynb
 
 export: .venv/dev       ## package and README from the notebooks
 	find xlstm_metal -name '*.py' ! -name __init__.py ! -name __main__.py -delete
-	nbdev_export
-	nbdev_clean
-	python docs/readme.py
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python docs/readme.py
 
 clean:          ## remove everything that make made
 	rm -rf .venv .venv-parity build dist *.egg-info
 
 .venv/bin/python:
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "xlstm-metal needs Python 3.11 or newer: make PY=python3.12 ...")'
 	$(PY) -m venv .venv
 .venv/run: pyproject.toml | .venv/bin/python
-	python -m pip install -q -e '.$(call extra,)'
+	$(BIN)/python -m pip install -q -e '.$(call extra,)'
 	touch $@
 .venv/dev: pyproject.toml .venv/run
-	python -m pip install -q -e '.$(call extra,dev)'
+	$(BIN)/python -m pip install -q -e '.$(call extra,dev)'
 	touch $@
 # torch first and by exactly this version: a looser request would take a build with gigabytes of CUDA
 .venv-parity/run: pyproject.toml
