@@ -30,7 +30,7 @@ def exp_gates(
     i: mx.array, # input gate preactivation, any shape
     log_f: mx.array, # logarithm of the forget gate, as `i`
     m: mx.array, # stabiliser of the step before, as `i`; 0 at the start
-) -> tuple[mx.array, mx.array, mx.array]: # input factor I, forget factor F (both in [0,1]), new stabiliser m
+) -> tuple[mx.array, mx.array, mx.array]: # factors I and F, both in [0, 1], and the new m
     "Stabilised exponential gates of one step (xLSTM, arXiv 2405.04517, eq. 15-17)."
     m_new = mx.maximum(log_f + m, i)
     return mx.exp(i - m_new), mx.exp(log_f + m - m_new), m_new

@@ -43,8 +43,8 @@ def mlstm_chunkwise(
     L = min(chunk_size, S)
     NC = -(-S // L)
     def cut(x, fill=0.):
-        x = mx.pad(x, [(0, 0), (0, 0), (0, NC * L - S)] + [(0, 0)] * (x.ndim - 3), constant_values=fill)
-        return x.reshape(B, NH, NC, L, *x.shape[3:])
+        behind = [(0, 0), (0, 0), (0, NC * L - S)] + [(0, 0)] * (x.ndim - 3)
+        return mx.pad(x, behind, constant_values=fill).reshape(B, NH, NC, L, *x.shape[3:])
     i, log_f = log_gates(i, f, mask)
     i, log_f = cut(i, never), cut(log_f)
     q, k, v = (cut(x.astype(mx.float32)) for x in (q, k, v))

@@ -69,7 +69,8 @@ class mLSTMLayer(nn.Module):
         B, S, _ = x.shape
         q, k, v = (p(x).reshape(B, S, self.num_heads, -1).swapaxes(1, 2) for p in (self.q, self.k, self.v))
         x32 = x.astype(mx.float32)
-        i, f = (soft_cap(p(x32), self.gate_soft_cap).swapaxes(1, 2) for p in (self.igate_preact, self.fgate_preact))
+        gates = self.igate_preact(x32), self.fgate_preact(x32)
+        i, f = (soft_cap(g, self.gate_soft_cap).swapaxes(1, 2) for g in gates)
         h, state = self.cell(q, k, v, i, f, state, mask)
         return self.out_proj(mx.sigmoid(self.ogate_preact(x)) * self.multihead_norm(h, x.dtype)), state
 
@@ -88,7 +89,8 @@ class mLSTMBlock(nn.Module):
     ):
         super().__init__()
         self.norm_mlstm = RMSNorm(dims, norm_eps, bias)
-        self.mlstm_layer = mLSTMLayer(dims, num_heads, qk_dims, v_dims, norm_eps=norm_eps, bias=bias, **cell)
+        self.mlstm_layer = mLSTMLayer(dims, num_heads, qk_dims, v_dims,
+                                      norm_eps=norm_eps, bias=bias, **cell)
         self.norm_ffn = RMSNorm(dims, norm_eps, bias)
         self.ffn = GatedFFN(dims, ffn_dims, bias)
 

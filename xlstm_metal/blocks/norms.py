@@ -38,7 +38,10 @@ class MultiHeadNorm(nn.Module):
         self.eps, self.weight = eps, mx.ones((num_heads * head_dim,))
         if bias: self.bias = mx.zeros((num_heads * head_dim,))
 
-    def __call__(self, x: mx.array, dtype=None) -> mx.array: # x (B, NH, S, DV) -> (B, S, NH*DV) in `dtype`, or as x
+    def __call__(self,
+        x: mx.array, # (B, NH, S, DV)
+        dtype=None, # of the result; None is that of `x`
+    ) -> mx.array: # (B, S, NH*DV)
         y = mx.fast.layer_norm(x.astype(mx.float32), None, None, self.eps).astype(dtype or x.dtype)
         B, NH, S, DV = x.shape
         y = y.swapaxes(1, 2).reshape(B, S, NH * DV) * self.weight

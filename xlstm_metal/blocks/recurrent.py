@@ -15,7 +15,7 @@ def empty_state(
     NH: int, # heads
     DQK: int, # key size per head
     DV: int, # value size per head
-) -> tuple[mx.array, mx.array, mx.array]: # C (B,NH,DQK,DV), n (B,NH,DQK), m (B,NH,1), all float32 zeros
+) -> tuple[mx.array, mx.array, mx.array]: # C (B,NH,DQK,DV), n (B,NH,DQK), m (B,NH,1), float32
     "The state of an mLSTM that has read nothing."
     return mx.zeros((B, NH, DQK, DV)), mx.zeros((B, NH, DQK)), mx.zeros((B, NH, 1))
 
@@ -26,7 +26,7 @@ def log_gates(
     i: mx.array, # input gate preactivation (B, NH, S)
     f: mx.array, # forget gate preactivation (B, NH, S)
     mask: mx.array | None = None, # (B, S) bool, True where there is a token
-) -> tuple[mx.array, mx.array]: # exponent of the input gate, log of the forget gate; (B, NH, S) float32
+) -> tuple[mx.array, mx.array]: # exponent of the input gate, log of the forget gate; float32
     "Both gates as exponents; a masked position neither forgets nor writes."
     i, log_f = i.astype(mx.float32), log_sigmoid(f)
     if mask is None: return i, log_f
@@ -93,10 +93,10 @@ def read_all(
     C, n, m0 = state
     m = mx.maximum(D.max(-1), b + m0)
     q = q * q.shape[-1]**-0.5
-    S = (q @ k.swapaxes(-1, -2)) * mx.exp(D - m[..., None])
+    A = (q @ k.swapaxes(-1, -2)) * mx.exp(D - m[..., None])
     w = mx.exp(b + m0 - m)[..., None]
-    num = S @ v + w * (q @ C)
-    den = S.sum(-1, keepdims=True) + w * (q @ n[..., None])
+    num = A @ v + w * (q @ C)
+    den = A.sum(-1, keepdims=True) + w * (q @ n[..., None])
     return num / (mx.maximum(mx.abs(den), mx.exp(-m)[..., None]) + eps), m
 
 # %% ../../nbs/blocks/12_recurrent.ipynb #a2026fcb

@@ -14,29 +14,35 @@ def parser() -> argparse.ArgumentParser:
     "The commands and their options."
     p = argparse.ArgumentParser("xlstm-metal", description="xLSTM language models on Apple's MLX.")
     sub = p.add_subparsers(dest="command", required=True, metavar="generate|chat|info")
-    for name, does in (("generate", "continue a prompt"), ("chat", "talk; what was said is kept in the state and never read again"), ("info", "describe a checkpoint without loading weights")):
+    for name, does in (("generate", "continue a prompt"),
+                       ("chat", "talk; what was said is kept in the state and never read again"),
+                       ("info", "describe a checkpoint without loading weights")):
         s = sub.add_parser(name, help=does, description=does)
-        s.add_argument("--model", "-m", help="folder or Hugging Face id; without it, the small model that comes with the package")
+        s.add_argument("--model", "-m", help="folder or Hugging Face id; without it, the small model "
+                                             "that comes with the package")
         s.add_argument("--revision", help="branch, tag or commit on the hub")
         if name == "info": add_wiring(s)
         else: add_generation(s, name)
     return p
 
 def add_generation(s, name):
-    s.add_argument("--max-tokens", type=int, default=256, help="write at most this many tokens (%(default)s)")
-    s.add_argument("--temperature", "-t", type=float, default=0., help="0 always takes the likeliest token (%(default)s)")
-    s.add_argument("--top-k", type=int, default=0, help="choose among the k likeliest")
-    s.add_argument("--top-p", type=float, default=1., help="choose among the likeliest that together have this probability")
-    s.add_argument("--min-p", type=float, default=0., help="leave out what is less likely than this times the likeliest")
-    s.add_argument("--repetition-penalty", type=float, help="above 1: what was said recently becomes less likely")
-    s.add_argument("--seed", type=int, help="make chance repeatable")
-    s.add_argument("--stop", action="append", help="stop before this text; may be given several times")
-    s.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (bfloat16 on a GPU, float32 on a CPU)")
-    s.add_argument("--device", choices=("cpu", "gpu"), help="where to compute (a GPU where there is one)")
+    add = s.add_argument
+    add("--max-tokens", type=int, default=256, help="write at most this many tokens (%(default)s)")
+    add("--temperature", "-t", type=float, default=0., help="0 always takes the likeliest token (%(default)s)")
+    add("--top-k", type=int, default=0, help="choose among the k likeliest")
+    add("--top-p", type=float, default=1.,
+        help="choose among the likeliest that together have this probability")
+    add("--min-p", type=float, default=0., help="leave out what is less likely than this times the likeliest")
+    add("--repetition-penalty", type=float, help="above 1: what was said recently becomes less likely")
+    add("--seed", type=int, help="make chance repeatable")
+    add("--stop", action="append", help="stop before this text; may be given several times")
+    add("--dtype", choices=("float32", "bfloat16", "float16"),
+        help="of the weights (bfloat16 on a GPU, float32 on a CPU)")
+    add("--device", choices=("cpu", "gpu"), help="where to compute (a GPU where there is one)")
     if name == "generate":
-        s.add_argument("--prompt", "-p", help="text to continue; - reads standard input")
-        s.add_argument("--interactive", "-i", action="store_true", help="the same as chat; a prompt comes first")
-        s.add_argument("--info", action="store_true", help="the same as info")
+        add("--prompt", "-p", help="text to continue; - reads standard input")
+        add("--interactive", "-i", action="store_true", help="the same as chat; a prompt comes first")
+        add("--info", action="store_true", help="the same as info")
         add_wiring(s)
 
 def add_wiring(s):
@@ -72,15 +78,19 @@ def run(args) -> int:
 def write(args) -> int:
     "`generate` and `chat`: wishes are checked before a model is loaded."
     from xlstm_metal.generation.generate import GenerationError, Sampling
-    wishes = {k: getattr(args, k) for k in ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")}
+    wishes = {k: getattr(args, k) for k in ("max_tokens", "temperature", "top_k", "top_p", "min_p",
+                                            "repetition_penalty", "seed", "stop")}
     Sampling(**wishes)
     talk = args.command == "chat" or args.interactive
     prompt = sys.stdin.read() if getattr(args, "prompt", None) == "-" else getattr(args, "prompt", None)
-    if not talk and not prompt: raise GenerationError("there is no prompt: give one with --prompt" if prompt is None else "the prompt is empty")
+    if not talk and not prompt:
+        raise GenerationError("there is no prompt: give one with --prompt" if prompt is None
+                              else "the prompt is empty")
     use_device(args.device)
     from xlstm_metal.generation.runner import xLSTMRunner
     runner = xLSTMRunner.from_pretrained(args.model, args.dtype, revision=args.revision)
-    if runner.tokenizer is None: raise GenerationError(f"{args.model} has no tokenizer, so it cannot read or write text")
+    if runner.tokenizer is None:
+        raise GenerationError(f"{args.model} has no tokenizer, so it cannot read or write text")
     if talk: return chat(runner, wishes, prompt)
     print(prompt, end="", flush=True)
     last = say(runner.stream(prompt, **wishes))
@@ -92,9 +102,11 @@ def use_device(name: str | None):
     "Compute on 'cpu' or 'gpu', or where MLX would by itself."
     import mlx.core as mx
     from xlstm_metal.generation.generate import GenerationError
-    if name == "gpu" and not mx.is_available(mx.gpu): raise GenerationError("there is no GPU that MLX can use on this machine")
+    if name == "gpu" and not mx.is_available(mx.gpu):
+        raise GenerationError("there is no GPU that MLX can use on this machine")
     if name: mx.set_default_device(mx.Device(getattr(mx, name)))
-    if mx.default_device() == mx.Device(mx.cpu): mx.disable_compile() # it would run a C++ compiler for seconds to save milliseconds
+    if mx.default_device() == mx.Device(mx.cpu):
+        mx.disable_compile() # it would run a C++ compiler for seconds to save milliseconds
 
 def say(pieces):
     "Print text as it arrives; the last piece, which knows the speeds."
@@ -103,8 +115,9 @@ def say(pieces):
     return last
 
 def speed(p) -> str:
-    return (f"prompt {p.prompt_tokens} tokens, {p.prompt_tps:.0f} tokens/s | generation {p.generation_tokens} tokens, "
-            f"{p.generation_tps:.1f} tokens/s | peak memory {p.peak_memory:.2f} GB")
+    return (f"prompt {p.prompt_tokens} tokens, {p.prompt_tps:.0f} tokens/s | "
+            f"generation {p.generation_tokens} tokens, {p.generation_tps:.1f} tokens/s | "
+            f"peak memory {p.peak_memory:.2f} GB")
 
 # %% ../../nbs/generation/43_cli.ipynb #0a8f4c0b
 def chat(runner, wishes: dict, first: str | None = None) -> int:
@@ -117,7 +130,9 @@ def chat(runner, wishes: dict, first: str | None = None) -> int:
         first = None
         if not line.strip(): continue
         if line.strip() == "/reset":
-            messages, rendered = [], ""; runner.reset_state(); continue
+            messages, rendered = [], ""
+            runner.reset_state()
+            continue
         messages.append(dict(role="user", content=line))
         text, rendered = turn(runner, messages, rendered)
         answer, ended = listen(runner.stream(text, **wishes))
@@ -127,7 +142,7 @@ def chat(runner, wishes: dict, first: str | None = None) -> int:
     if tty: print(file=sys.stderr)
     return 0
 
-def turn(runner, messages: list, rendered: str) -> tuple[str, str]: # what to read now, the conversation so far as text
+def turn(runner, messages: list, rendered: str) -> tuple[str, str]: # what to read now, the conversation so far
     "What the last message adds to a conversation of which `rendered` has been read."
     if not runner.tokenizer.has_chat_template: return messages[-1]["content"] + "\n", ""
     whole = runner.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -139,7 +154,9 @@ def listen(pieces) -> tuple[str, int | None]: # the answer, and the id that ende
     "Print an answer as it arrives; what there is of it when Ctrl-C comes."
     answer, p = "", None
     try:
-        for p in pieces: answer += p.text; print(p.text, end="", flush=True)
+        for p in pieces:
+            answer += p.text
+            print(p.text, end="", flush=True)
     except KeyboardInterrupt: p = None
     return answer, p.token if p and p.finish_reason == "stop" and not p.text else None
 
@@ -149,6 +166,7 @@ def chain(c, style: str = "unicode") -> str: # an `xLSTMConfig`
     down, bar = ("↓", "─") if style == "unicode" else ("v", "-")
     head, qk, v = c.num_heads, c.qk_dims // c.num_heads, c.v_dims // c.num_heads
     nodes = [f"ids {bar * 2} embeddings {c.vocab_size} x {c.hidden_size}"]
-    nodes += [f"block {b} {bar * 2} mLSTM {head} heads {qk} x {v}, FFN {c.ffn_dims}" for b in range(c.num_hidden_layers)]
+    nodes += [f"block {b} {bar * 2} mLSTM {head} heads {qk} x {v}, FFN {c.ffn_dims}"
+              for b in range(c.num_hidden_layers)]
     nodes += ["out_norm"] * c.add_out_norm + [f"lm_head {bar * 2} logits {c.vocab_size}"]
     return f"\n  {down}\n".join(nodes)

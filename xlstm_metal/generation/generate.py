@@ -31,9 +31,15 @@ class Sampling:
 
     def __post_init__(self):
         self.stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        for name, ok, must in (("max_tokens", self.max_tokens >= 0, "0 or more"), ("temperature", self.temperature >= 0, "0 or above"),
-                ("top_k", self.top_k >= 0, "0 or more"), ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"), ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-                ("repetition_penalty", self.repetition_penalty is None or self.repetition_penalty > 0, "above 0"), ("stop", all(self.stop), "texts that are not empty")):
+        penalty = self.repetition_penalty
+        for name, ok, must in (
+                ("max_tokens", self.max_tokens >= 0, "0 or more"),
+                ("temperature", self.temperature >= 0, "0 or above"),
+                ("top_k", self.top_k >= 0, "0 or more"),
+                ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+                ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+                ("repetition_penalty", penalty is None or penalty > 0, "above 0"),
+                ("stop", all(self.stop), "texts that are not empty")):
             if not ok: raise GenerationError(f"{name} must be {must}, not {getattr(self, name)!r}")
 
 # %% ../../nbs/generation/41_generate.ipynb #4f4ef444
@@ -98,10 +104,13 @@ def stream(
 ): # yields `Piece`
     "Generate text piece by piece. Raises `GenerationError` before any work."
     sampling = Sampling(**wishes)
-    if tokenizer is None: raise GenerationError("this checkpoint has no tokenizer, so it cannot read or write text")
+    if tokenizer is None:
+        raise GenerationError("this checkpoint has no tokenizer, so it cannot read or write text")
     if len(prompt) == 0: raise GenerationError("the prompt is empty")
-    ids = encode(tokenizer, prompt, model.args, start=state is None or state.tokens == 0) if isinstance(prompt, str) else list(prompt)
-    if bad := [t for t in ids if not 0 <= t < model.args.vocab_size]: raise GenerationError(f"token id {bad[0]} is outside the vocabulary of {model.args.vocab_size}")
+    fresh, V = state is None or state.tokens == 0, model.args.vocab_size
+    ids = encode(tokenizer, prompt, model.args, start=fresh) if isinstance(prompt, str) else list(prompt)
+    if bad := [t for t in ids if not 0 <= t < V]:
+        raise GenerationError(f"token id {bad[0]} is outside the vocabulary of {V}")
     return pieces(state or State(model), tokenizer, ids, sampling, progress)
 
 def pieces(state, tokenizer, ids, sampling, progress):
@@ -118,7 +127,8 @@ def pieces(state, tokenizer, ids, sampling, progress):
             if end: text.finalize()
             show, held, met = release(held + text.last_segment, sampling.stop)
             if end and not met: show += held
-            yield Piece(show, token, logprobs[token].item(), len(ids), len(ids) / read, n, n / (time.perf_counter() - start),
+            took = time.perf_counter() - start
+            yield Piece(show, token, logprobs[token].item(), len(ids), len(ids) / read, n, n / took,
                         mx.get_peak_memory() / 1e9, "stop" if met else end)
             if end or met: return
 

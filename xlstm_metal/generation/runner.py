@@ -46,13 +46,15 @@ class xLSTMRunner:
 
     def generate_next_token(self, **wishes) -> int: # temperature, ... as in `Sampling`
         "Choose one token after all that was read, and read it."
-        if self.state.logits is None: raise GenerationError("nothing was read yet: call forward or generate first")
+        if self.state.logits is None:
+            raise GenerationError("nothing was read yet: call forward or generate first")
         return next(tokens(self.state, Sampling(**wishes)))[0]
 
     def get_model_info(self) -> dict:
         "Sizes of the model and of its state."
         from mlx.utils import tree_flatten
         c, arrays = self.model.args, [a for _, a in tree_flatten(self.model.parameters())]
-        return dict(vocab_size=c.vocab_size, hidden_size=c.hidden_size, num_blocks=c.num_hidden_layers, num_heads=c.num_heads,
-                    parameters=sum(a.size for a in arrays), weight_bytes=sum(a.nbytes for a in arrays),
+        return dict(vocab_size=c.vocab_size, hidden_size=c.hidden_size, num_blocks=c.num_hidden_layers,
+                    num_heads=c.num_heads, parameters=sum(a.size for a in arrays),
+                    weight_bytes=sum(a.nbytes for a in arrays),
                     state_bytes=self.state.nbytes, tokens_read=self.state.tokens)

@@ -25,7 +25,8 @@ class CheckpointError(ValueError):
     "A checkpoint cannot be used; the message is one sentence that names the tensor, key or file."
 
 # %% ../../nbs/model/33_checkpoint.ipynb #08431b7f
-bundled = (Path(__file__).parents[1] if "__file__" in globals() else Path("../../xlstm_metal").resolve()) / "bundled"
+bundled = (Path(__file__).parents[1] if "__file__" in globals()
+           else Path("../../xlstm_metal").resolve()) / "bundled"
 patterns = ["*.json", "*.yaml", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 
 def resolve(
@@ -37,9 +38,11 @@ def resolve(
     if path is None: return bundled
     if (folder := Path(path).expanduser()).is_dir(): return folder
     if folder.exists(): raise CheckpointError(f"{path} is a file; a checkpoint is the folder around it")
-    if not re.fullmatch(r"[\w][\w.-]*/[\w.-]+", str(path)): raise CheckpointError(f"there is no folder {path}, and a hub id looks like owner/name")
+    if not re.fullmatch(r"[\w][\w.-]*/[\w.-]+", str(path)):
+        raise CheckpointError(f"there is no folder {path}, and a hub id looks like owner/name")
     from huggingface_hub import snapshot_download
-    with hub_errors(path, revision): return Path(snapshot_download(str(path), revision=revision, token=token, allow_patterns=patterns))
+    with hub_errors(path, revision):
+        return Path(snapshot_download(str(path), revision=revision, token=token, allow_patterns=patterns))
 
 # %% ../../nbs/model/33_checkpoint.ipynb #3aba2275
 from contextlib import contextmanager
@@ -49,13 +52,20 @@ def hub_errors(path, revision):
     "The hub's many exceptions, as one sentence each."
     from huggingface_hub import errors as e
     try: yield
-    except e.GatedRepoError as x: raise CheckpointError(f"{path} is gated: accept its terms on the hub and pass a token") from x
-    except e.RevisionNotFoundError as x: raise CheckpointError(f"{path} has no revision {revision!r}") from x
-    except e.RepositoryNotFoundError as x: raise CheckpointError(f"there is no folder {path}, and no such model on the hub (or it is private and needs a token)") from x
+    except e.GatedRepoError as x:
+        raise CheckpointError(f"{path} is gated: accept its terms on the hub and pass a token") from x
+    except e.RevisionNotFoundError as x:
+        raise CheckpointError(f"{path} has no revision {revision!r}") from x
+    except e.RepositoryNotFoundError as x:
+        raise CheckpointError(f"there is no folder {path}, and no such model on the hub "
+                              "(or it is private and needs a token)") from x
     except (e.LocalEntryNotFoundError, e.OfflineModeIsEnabled) as x:
-        raise CheckpointError(f"{path} is no folder, is not in the local cache, and the hub cannot be reached") from x
-    except e.HFValidationError as x: raise CheckpointError(f"there is no folder {path}, and a hub id looks like owner/name") from x
-    except e.HfHubHTTPError as x: raise CheckpointError(f"the hub did not give {path}: {str(x).splitlines()[0]}") from x
+        raise CheckpointError(f"{path} is no folder, is not in the local cache, "
+                              "and the hub cannot be reached") from x
+    except e.HFValidationError as x:
+        raise CheckpointError(f"there is no folder {path}, and a hub id looks like owner/name") from x
+    except e.HfHubHTTPError as x:
+        raise CheckpointError(f"the hub did not give {path}: {str(x).splitlines()[0]}") from x
 
 # %% ../../nbs/model/33_checkpoint.ipynb #fc682b6b
 class Tensor(NamedTuple):
@@ -67,13 +77,16 @@ class Tensor(NamedTuple):
 def weight_files(folder: Path) -> list[Path]:
     "The safetensors files of a checkpoint, in order: by index, one file, or `model_N`."
     index = folder / "model.safetensors.index.json"
+    numbers = lambda f: [int(n) for n in re.findall(r"\d+", f.name)]
     if index.exists(): files = [folder / f for f in sorted(set(read_json(index)["weight_map"].values()))]
-    else: files = sorted(folder.glob("model*.safetensors"), key=lambda f: [int(n) for n in re.findall(r"\d+", f.name)])
+    else: files = sorted(folder.glob("model*.safetensors"), key=numbers)
     if not files: raise CheckpointError(f"{folder} holds no model*.safetensors")
     for f in files:
-        if not f.exists(): raise CheckpointError(f"{f.name} is missing from {folder}, though model.safetensors.index.json names it")
+        if not f.exists():
+            raise CheckpointError(f"{f.name} is missing from {folder}, though {index.name} names it")
     if not index.exists(): check_sequence(files)
     return files
+
 
 def check_sequence(files: list[Path]):
     "Shards that count themselves must all be there: `model_0`, `model_1`, ... or `model-00001-of-00006`, ..."
@@ -82,7 +95,9 @@ def check_sequence(files: list[Path]):
     first = 0 if len(numbers[0]) == 1 else 1
     count = len(files) if first == 0 else numbers[0][1]
     for want in range(first, first + count):
-        if want not in [n[0] for n in numbers if n]: raise CheckpointError(f"shard {want} is missing from {files[0].parent}: it has {', '.join(f.name for f in files)}")
+        if want not in [n[0] for n in numbers if n]:
+            names = ", ".join(f.name for f in files)
+            raise CheckpointError(f"shard {want} is missing from {files[0].parent}: it has {names}")
 
 # %% ../../nbs/model/33_checkpoint.ipynb #57aa17b9
 def read_headers(
@@ -95,19 +110,24 @@ def read_headers(
         try:
             with safe_open(f, framework="np") as s:
                 for name in s.keys():
-                    if name in tensors: raise CheckpointError(f"{name} is in {f.name} and also in {tensors[name].file}")
+                    if name in tensors:
+                        raise CheckpointError(f"{name} is in {f.name} and also in {tensors[name].file}")
                     view = s.get_slice(name)
-                    if (dtype := view.get_dtype()) not in width: raise CheckpointError(f"{name} in {f.name} is stored as {dtype}, which MLX cannot read")
+                    if (dtype := view.get_dtype()) not in width:
+                        raise CheckpointError(f"{name} in {f.name} is stored as {dtype}, which MLX cannot read")
                     tensors[name] = Tensor(f.name, tuple(view.get_shape()), dtype)
-        except SafetensorError as e: raise CheckpointError(f"{f.name} in {folder} is cut short or corrupt ({e})") from e
+        except SafetensorError as e:
+            raise CheckpointError(f"{f.name} in {folder} is cut short or corrupt ({e})") from e
     return tensors
 
-width = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1} # bytes of what MLX reads
+width = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2,
+         "I8": 1, "U8": 1, "BOOL": 1} # bytes of what MLX reads
 
 # %% ../../nbs/model/33_checkpoint.ipynb #ceb199ce
 def read_json(f: Path) -> dict:
     try: return json.loads(f.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise CheckpointError(f"{f} is not valid JSON ({e})") from e
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise CheckpointError(f"{f} is not valid JSON ({e})") from e
 
 def read_config(folder: Path) -> tuple[xLSTMConfig, str]: # and the name of the file
     "config.json, or the config.yaml of NX-AI's own package."
@@ -130,16 +150,18 @@ def structure(
     def rows(*options): # the first that is there: name, and what to do with its first axis
         for name, f in options:
             if name in tensors: return f(tensors[name].shape[0]), name
-        raise CheckpointError(f"there is no tensor {options[0][0]}: this is not an xLSTM of the 7B form (it has {', '.join(sorted(tensors)[:3])}, ...)")
-    same, layer = lambda n: n, block + "mlstm_layer."
+        raise CheckpointError(f"there is no tensor {options[0][0]}: this is not an xLSTM of the 7B form "
+                              f"(it has {', '.join(sorted(tensors)[:3])}, ...)")
+    same, half, layer = lambda n: n, lambda n: n // 2, block + "mlstm_layer."
     found = dict(
         vocab_size=rows(("backbone.embeddings.weight", same), ("embedding.weight", same)),
         hidden_size=rows((block + "norm_mlstm.weight", same)),
-        num_heads=rows((layer + "igate_preact.bias", same), (layer + "ifgate_preact.bias", lambda n: n // 2)),
+        num_heads=rows((layer + "igate_preact.bias", same), (layer + "ifgate_preact.bias", half)),
         v_dims=rows((layer + "multihead_norm.weight", same)),
-        ffn_dims=rows(("backbone.blocks.0.ffn.proj_up.weight", same), ("backbone.blocks.0.ffn.proj_up_gate_z.weight", lambda n: n // 2)))
+        ffn_dims=rows((block + "ffn.proj_up.weight", same), (block + "ffn.proj_up_gate_z.weight", half)))
     v = found["v_dims"][0]
-    found["qk_dims"] = rows((layer + "q.weight", same), (layer + "qkv_opreact.weight", lambda n: (n - 2 * v) // 2))
+    found["qk_dims"] = rows((layer + "q.weight", same),
+                            (layer + "qkv_opreact.weight", lambda n: half(n - 2 * v)))
     last = max((n for n in tensors if n.startswith("backbone.blocks.")), key=lambda n: int(n.split(".")[2]))
     found["num_hidden_layers"] = int(last.split(".")[2]) + 1, last
     biased = [n for n in (layer + "q.bias", layer + "qkv_opreact.bias") if n in tensors]
@@ -151,7 +173,8 @@ def check_structure(tensors: dict[str, Tensor], config: xLSTMConfig, source: str
     for key, (value, name) in structure(tensors).items():
         if (said := getattr(config, key)) != value:
             t = tensors[name]
-            raise CheckpointError(f"{source} says {key} {said}, but {name} {t.shape} in {t.file} makes it {value}")
+            raise CheckpointError(f"{source} says {key} {said}, "
+                                  f"but {name} {t.shape} in {t.file} makes it {value}")
 
 # %% ../../nbs/model/33_checkpoint.ipynb #0141d30f
 def check_names(
@@ -164,9 +187,11 @@ def check_names(
     for name, t in tensors.items(): # placeholders: nothing is computed, only shapes
         for new, a in model.sanitize({name: mx.zeros(t.shape)}).items(): have[new] = (a.shape, t.file)
     want = {n: a.shape for n, a in tree_flatten(model.parameters())}
-    if missing := sorted(want.keys() - have.keys()): raise CheckpointError(f"{missing[0]} is missing from the checkpoint{more(missing)}")
+    if missing := sorted(want.keys() - have.keys()):
+        raise CheckpointError(f"{missing[0]} is missing from the checkpoint{more(missing)}")
     for n, shape in want.items():
-        if have[n][0] != shape: raise CheckpointError(f"{n} in {have[n][1]} has shape {have[n][0]}, the model needs {shape}")
+        if (stored := have[n])[0] != shape:
+            raise CheckpointError(f"{n} in {stored[1]} has shape {stored[0]}, the model needs {shape}")
     if strict and (extra := sorted(have.keys() - want.keys())):
         raise CheckpointError(f"{extra[0]} in {have[extra[0]][1]} is not part of the model{more(extra)}")
 
@@ -177,7 +202,7 @@ dtypes = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 def load(
     path: str | Path | None = None, # folder or hub id; None is the bundled model
-    dtype: mx.Dtype | str | None = None, # float32, bfloat16 or float16; None is bfloat16 on a GPU and float32 on a CPU
+    dtype: mx.Dtype | str | None = None, # float32, bfloat16, float16; None: bfloat16 on a GPU, float32 on a CPU
     *,
     strict: bool = True, # False lets unexpected tensors pass; missing ones never pass
     revision: str | None = None, # branch, tag or commit on the hub
@@ -195,7 +220,8 @@ def load(
 
 # %% ../../nbs/model/33_checkpoint.ipynb #5aea6ab8
 def as_dtype(dtype) -> mx.Dtype:
-    if dtype is None: return mx.bfloat16 if mx.default_device() == mx.Device(mx.gpu) else mx.float32
+    if dtype is None:
+        return mx.bfloat16 if mx.default_device() == mx.Device(mx.gpu) else mx.float32
     if dtype in dtypes.values(): return dtype
     if dtype in dtypes: return dtypes[dtype]
     raise CheckpointError(f"dtype must be one of {', '.join(dtypes)}, not {dtype!r}")
@@ -205,14 +231,17 @@ def build(config: xLSTMConfig, tensors: dict[str, Tensor], strict: bool = True) 
     model = Model(config)
     if q := config.quantization:
         own = lambda path, m: f"{path}.scales" in tensors and (q.get(path) or True)
-        nn.quantize(model, group_size=q["group_size"], bits=q["bits"], mode=q.get("mode", "affine"), class_predicate=own)
+        nn.quantize(model, group_size=q["group_size"], bits=q["bits"],
+                    mode=q.get("mode", "affine"), class_predicate=own)
     check_names(model, tensors, strict)
     return model
 
 def load_file(model: Model, file: Path, dtype: mx.Dtype):
     "Put one file's tensors into the model, cast."
     names = dict(tree_flatten(model.parameters())).keys()
-    def cast(n, a): return a if not mx.issubdtype(a.dtype, mx.floating) else a.astype(dtype if model.cast_predicate(n) else mx.float32)
+    def cast(n, a):
+        if not mx.issubdtype(a.dtype, mx.floating): return a
+        return a.astype(dtype if model.cast_predicate(n) else mx.float32)
     weights = [(n, cast(n, a)) for n, a in model.sanitize(mx.load(str(file))).items() if n in names]
     mx.eval([a for _, a in weights])
     model.load_weights(weights, strict=False)
@@ -236,16 +265,21 @@ def info(
     token: str | None = None, # for private and gated repositories
 ) -> Info: # print it for a table
     "Describe a checkpoint without loading weights. Raises `CheckpointError`."
-    config, source, tensors = remote_headers(path, revision, token) if is_remote(path) else local_headers(resolve(path))
-    check_structure(tensors, config, source)
-    size = {n: nbytes(t) for n, t in tensors.items()}
-    c, table = config, next(n for n in tensors if n in ("backbone.embeddings.weight", "embedding.weight"))
+    c, source, tensors = (remote_headers(path, revision, token) if is_remote(path)
+                          else local_headers(resolve(path)))
+    check_structure(tensors, c, source)
+    table = next(n for n in tensors if n in ("backbone.embeddings.weight", "embedding.weight"))
     head = "lm_head.weight" in tensors
-    layout = ("Hugging Face" if source == "config.json" else "NX-AI") + (", fused" if any("qkv_opreact" in n for n in tensors) else "") \
-        + ("" if head else ", tied") + (f", quantised to {c.quantization['bits']} bits" if c.quantization else "")
-    return Info(str(path or "bundled model"), c, layout, len({t.file for t in tensors.values()}), count(tensors, c), sum(size.values()),
-                sum(size.values()) - (size[table] if head else 0),
-                c.num_hidden_layers * c.num_heads * ((c.qk_dims // c.num_heads) * (c.v_dims // c.num_heads + 1) + 1) * 4)
+    layout = ["Hugging Face" if source == "config.json" else "NX-AI"]
+    if any("qkv_opreact" in n for n in tensors): layout.append("fused")
+    if not head: layout.append("tied")
+    if c.quantization: layout.append(f"quantised to {c.quantization['bits']} bits")
+    weight_bytes = sum(map(nbytes, tensors.values()))
+    dqk, dv = c.qk_dims // c.num_heads, c.v_dims // c.num_heads
+    return Info(name=str(path or "bundled model"), config=c, layout=", ".join(layout),
+                files=len({t.file for t in tensors.values()}), parameters=count(tensors, c),
+                weight_bytes=weight_bytes, decode_bytes=weight_bytes - head * nbytes(tensors[table]),
+                state_bytes=c.num_hidden_layers * c.num_heads * (dqk * (dv + 1) + 1) * 4)
 
 # %% ../../nbs/model/33_checkpoint.ipynb #8b6d86db
 from math import prod
@@ -254,23 +288,27 @@ def nbytes(t: Tensor) -> int: return prod(t.shape) * width[t.dtype]
 def count(tensors: dict[str, Tensor], c: xLSTMConfig) -> int:
     "Parameters; of a quantised map the numbers it stands for, not the words that store them."
     bits = (c.quantization or {}).get("bits", 8)
-    return sum(prod(t.shape) * (32 // bits if t.dtype == "U32" else 1) for n, t in tensors.items() if not n.endswith((".scales", ".biases")))
+    return sum(prod(t.shape) * (32 // bits if t.dtype == "U32" else 1)
+               for n, t in tensors.items() if not n.endswith((".scales", ".biases")))
 
 def local_headers(folder: Path): return *read_config(folder), read_headers(folder)
 
 def is_remote(path) -> bool:
     "A hub id whose weights are not in the local cache."
     if path is None or Path(path).expanduser().exists(): return False
+    if not re.fullmatch(r"[\w][\w.-]*/[\w.-]+", str(path)): return False
     from huggingface_hub import try_to_load_from_cache
-    return re.fullmatch(r"[\w][\w.-]*/[\w.-]+", str(path)) is not None and not isinstance(try_to_load_from_cache(str(path), "config.json"), str)
+    return not isinstance(try_to_load_from_cache(str(path), "config.json"), str)
 
 def remote_headers(path, revision, token):
     "Config and headers of a hub checkpoint; the weights stay where they are."
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
     with hub_errors(path, revision):
-        config, source = read_config(Path(hf_hub_download(path, "config.json", revision=revision, token=token)).parent)
+        file = Path(hf_hub_download(path, "config.json", revision=revision, token=token))
+        config, source = read_config(file.parent)
         meta = get_safetensors_metadata(path, revision=revision, token=token)
-    return config, source, {n: Tensor(f, tuple(t.shape), t.dtype) for f, m in meta.files_metadata.items() for n, t in m.tensors.items()}
+    return config, source, {n: Tensor(f, tuple(t.shape), t.dtype)
+                            for f, m in meta.files_metadata.items() for n, t in m.tensors.items()}
 
 # %% ../../nbs/model/33_checkpoint.ipynb #225fbe26
 def human(n: int) -> str: # bytes, in powers of 1000 as model cards have it
@@ -281,10 +319,13 @@ def human(n: int) -> str: # bytes, in powers of 1000 as model cards have it
 def table(i: Info) -> str:
     "An `Info` as lines of text."
     c = i.config
-    rows = dict(layout=f"{i.layout}, {i.files} file{'s' * (i.files > 1)}", blocks=f"{c.num_hidden_layers} mLSTM",
+    dqk, dv = c.qk_dims // c.num_heads, c.v_dims // c.num_heads
+    rows = dict(layout=f"{i.layout}, {i.files} file{'s' * (i.files > 1)}",
+                blocks=f"{c.num_hidden_layers} mLSTM",
                 width=f"{c.hidden_size}, feed-forward {c.ffn_dims}, vocabulary {c.vocab_size}",
-                heads=f"{c.num_heads} of {c.qk_dims // c.num_heads} (query, key) by {c.v_dims // c.num_heads} (value)",
-                parameters=f"{i.parameters:,}", weights=f"{human(i.weight_bytes)} stored, {human(i.decode_bytes)} read per token",
+                heads=f"{c.num_heads} of {dqk} (query, key) by {dv} (value)",
+                parameters=f"{i.parameters:,}",
+                weights=f"{human(i.weight_bytes)} stored, {human(i.decode_bytes)} read per token",
                 state=f"{human(i.state_bytes)} per sequence, at any length")
     return "\n".join([i.name, *(f"  {k:11s} {v}" for k, v in rows.items())])
 

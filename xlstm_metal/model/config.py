@@ -44,33 +44,37 @@ class xLSTMConfig:
     @property
     def v_dims(self) -> int: return int(self.hidden_size * self.v_dim_factor)
     @property
-    def ffn_dims(self) -> int: return round_up(self.hidden_size * self.ffn_proj_factor, self.ffn_round_up_to_multiple_of)
+    def ffn_dims(self) -> int:
+        return round_up(self.hidden_size * self.ffn_proj_factor, self.ffn_round_up_to_multiple_of)
 
     @classmethod
     def from_dict(cls, d: dict): return parse_config(d)
     def to_dict(self) -> dict: return config_dict(self)
 
 # %% ../../nbs/model/30_config.ipynb #98dfc409
-aliases = {"embedding_dim": "hidden_size", "num_blocks": "num_hidden_layers", "tie_weights": "tie_word_embeddings"}
+aliases = {"embedding_dim": "hidden_size", "num_blocks": "num_hidden_layers",
+           "tie_weights": "tie_word_embeddings"}
 unsupported = ("add_qk_norm", "add_post_norm") # switches that add layers nobody has published weights for
 
 def parse_config(
     d: dict, # from config.json, or from upstream's config.yaml
 ) -> xLSTMConfig: # checked
-    "Read a checkpoint's settings in any of their spellings; a contradiction or an unknown function is a `ValueError`."
+    "Read a checkpoint's settings in any spelling; a contradiction or an unknown function is a `ValueError`."
     if (kind := d.get("model_type", "xlstm")) not in ("xlstm", "xlstm_large"):
         raise ValueError(f"model_type {kind!r} is not an xLSTM: expected 'xlstm'")
     for key in unsupported:
         if d.get(key): raise ValueError(f"config sets {key}, which this package does not compute")
     if "siging" in str(d.get("chunkwise_kernel")):
-        raise ValueError(f"chunkwise_kernel {d['chunkwise_kernel']!r} has a sigmoid input gate, which this package does not compute")
+        raise ValueError(f"chunkwise_kernel {d['chunkwise_kernel']!r} has a sigmoid input gate, "
+                         "which this package does not compute")
     values = {}
     for key, value in d.items():
         name = aliases.get(key, key)
         if name not in known or value is None and name not in optional: continue
         if values.setdefault(name, value) != value:
             raise ValueError(f"config gives {name} twice: {values[name]} and, as {key}, {value}")
-    if missing := [n for n in required if n not in values]: raise ValueError(f"config does not say {', '.join(missing)}")
+    if missing := [n for n in required if n not in values]:
+        raise ValueError(f"config does not say {', '.join(missing)}")
     return check_config(xLSTMConfig(**values | {"model_type": "xlstm"}), d)
 
 known = {f.name for f in fields(xLSTMConfig)}
@@ -78,7 +82,8 @@ optional = ("gate_soft_cap", "output_logit_soft_cap") # here null means: no cap
 required = [f.name for f in fields(xLSTMConfig) if f.default is MISSING]
 
 # %% ../../nbs/model/30_config.ipynb #14dd2031
-sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "chunk_size", "max_inference_chunksize", "ffn_round_up_to_multiple_of")
+sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "chunk_size",
+         "max_inference_chunksize", "ffn_round_up_to_multiple_of")
 
 def check_config(
     c: xLSTMConfig,
@@ -86,16 +91,20 @@ def check_config(
 ) -> xLSTMConfig:
     "Refuse sizes that cannot be, naming them."
     for name in sizes:
-        if not isinstance(n := getattr(c, name), int) or n < 1: raise ValueError(f"{name} must be a positive whole number, not {n!r}")
+        if not isinstance(n := getattr(c, name), int) or n < 1:
+            raise ValueError(f"{name} must be a positive whole number, not {n!r}")
     for name in ("qk_dims", "v_dims"):
-        if (n := getattr(c, name)) % c.num_heads or n == 0: raise ValueError(f"{name} {n} does not divide into num_heads {c.num_heads}")
+        if (n := getattr(c, name)) % c.num_heads or n == 0:
+            raise ValueError(f"{name} {n} does not divide into num_heads {c.num_heads}")
     if d.get("head_dim") not in (None, c.v_dims // c.num_heads):
         raise ValueError(f"head_dim {d['head_dim']} contradicts {c.v_dims} values in {c.num_heads} heads")
-    if c.weight_mode not in ("single", "fused"): raise ValueError(f"weight_mode must be 'single' or 'fused', not {c.weight_mode!r}")
+    if c.weight_mode not in ("single", "fused"):
+        raise ValueError(f"weight_mode must be 'single' or 'fused', not {c.weight_mode!r}")
     return c
 
 # %% ../../nbs/model/30_config.ipynb #1b1dff02
 def config_dict(c: xLSTMConfig) -> dict:
     "As transformers writes it: both spellings of the two sizes, nothing that is unset."
     d = {k: v for k, v in asdict(c).items() if v is not None or k in optional}
-    return d | {"architectures": ["xLSTMForCausalLM"], "embedding_dim": c.hidden_size, "num_blocks": c.num_hidden_layers}
+    return d | {"architectures": ["xLSTMForCausalLM"],
+                "embedding_dim": c.hidden_size, "num_blocks": c.num_hidden_layers}

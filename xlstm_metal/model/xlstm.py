@@ -19,8 +19,10 @@ class Backbone(nn.Module):
     def __init__(self, c: xLSTMConfig):
         super().__init__()
         self.embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.blocks = [mLSTMBlock(c.hidden_size, c.num_heads, c.qk_dims, c.v_dims, c.ffn_dims, c.norm_eps, c.use_bias,
-                                  gate_soft_cap=c.gate_soft_cap, eps=c.eps, chunk_size=c.chunk_size) for _ in range(c.num_hidden_layers)]
+        self.blocks = [
+            mLSTMBlock(c.hidden_size, c.num_heads, c.qk_dims, c.v_dims, c.ffn_dims, c.norm_eps, c.use_bias,
+                       gate_soft_cap=c.gate_soft_cap, eps=c.eps, chunk_size=c.chunk_size)
+            for _ in range(c.num_hidden_layers)]
         if c.add_out_norm: self.out_norm = RMSNorm(c.hidden_size, c.norm_eps)
 
     def __call__(self,
@@ -46,7 +48,8 @@ class Model(nn.Module):
         super().__init__()
         self.args, self.model_type = args, args.model_type
         self.backbone = Backbone(args)
-        if not args.tie_word_embeddings: self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+        if not args.tie_word_embeddings:
+            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
 
     def head(self, x: mx.array) -> mx.array: # (..., D) -> (..., V) float32, capped
         x = self.lm_head(x) if "lm_head" in self else self.backbone.embeddings.as_linear(x)
@@ -84,7 +87,8 @@ class Model(nn.Module):
 
     def sanitize(self, weights: dict) -> dict: return sanitize(self, weights)
     @property
-    def quant_predicate(self): return lambda path, module: hasattr(module, "to_quantized") and not is_gate(path)
+    def quant_predicate(self):
+        return lambda path, module: hasattr(module, "to_quantized") and not is_gate(path)
     @property
     def cast_predicate(self): return lambda path: not is_gate(path)
 
@@ -107,7 +111,8 @@ def sanitize(
         if name == "embedding.weight": out["backbone.embeddings.weight"] = w
         elif start.rpartition(".")[2] in fused:
             prefix, _, joined = start.rpartition(".")
-            parts = {"qkv_opreact": [c.qk_dims, c.qk_dims, c.v_dims], "ifgate_preact": [c.num_heads], "proj_up_gate_z": [c.ffn_dims]}[joined]
+            parts = {"qkv_opreact": [c.qk_dims, c.qk_dims, c.v_dims],
+                     "ifgate_preact": [c.num_heads], "proj_up_gate_z": [c.ffn_dims]}[joined]
             cuts = [sum(parts[:j + 1]) for j in range(len(parts))]
             for part, x in zip(fused[joined], mx.split(w, cuts, axis=0)): out[f"{prefix}.{part}.{end}"] = x
         else: out[name] = w
@@ -117,8 +122,12 @@ def sanitize(
 def adopt(model: Model, names):
     "Give the model the parts that are stored although the config does not ask for them."
     c, b = model.args, model.backbone
-    if "lm_head.weight" in names and "lm_head" not in model: model.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-    if any(n.startswith("backbone.out_norm.") for n in names) and "out_norm" not in b: b.out_norm = RMSNorm(c.hidden_size, c.norm_eps)
-    if "backbone.out_norm.bias" in names and "bias" not in b.out_norm: b.out_norm.bias = mx.zeros((c.hidden_size,))
+    if "lm_head.weight" in names and "lm_head" not in model:
+        model.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+    if any(n.startswith("backbone.out_norm.") for n in names) and "out_norm" not in b:
+        b.out_norm = RMSNorm(c.hidden_size, c.norm_eps)
+    if "backbone.out_norm.bias" in names and "bias" not in b.out_norm:
+        b.out_norm.bias = mx.zeros((c.hidden_size,))
 
-fused = {"qkv_opreact": ("q", "k", "v", "ogate_preact"), "ifgate_preact": ("igate_preact", "fgate_preact"), "proj_up_gate_z": ("proj_up_gate", "proj_up")}
+fused = {"qkv_opreact": ("q", "k", "v", "ogate_preact"), "ifgate_preact": ("igate_preact", "fgate_preact"),
+         "proj_up_gate_z": ("proj_up_gate", "proj_up")}

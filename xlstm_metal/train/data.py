@@ -40,13 +40,15 @@ def train_tokenizer(
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, decoders, trainers
     tok = Tokenizer(models.BPE())
     lines, indents = pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(Regex("^ +"), "isolated")
-    tok.pre_tokenizer = pre_tokenizers.Sequence([lines, indents, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    byte_level, ends = pre_tokenizers.ByteLevel(add_prefix_space=False), "<|endoftext|>"
+    tok.pre_tokenizer = pre_tokenizers.Sequence([lines, indents, byte_level])
     tok.decoder = decoders.ByteLevel()
-    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<|endoftext|>", "<|padding|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tok.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[ends, "<|padding|>"],
+        initial_alphabet=byte_level.alphabet(), show_progress=False))
     tok.save(str(folder / "tokenizer.json"))
-    config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|padding|>",
-                  clean_up_tokenization_spaces=False, model_max_length=10**9)
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=ends, eos_token=ends,
+                  pad_token="<|padding|>", clean_up_tokenization_spaces=False, model_max_length=10**9)
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
     return tok
 
@@ -67,7 +69,8 @@ def line_starts(
     length: int, # room that must be left after a start
 ) -> np.ndarray: # positions in the stream
     "Where a line begins: after a line break or a zero."
-    return np.flatnonzero(np.isin(ids[:-length], [0, tok.token_to_id("Ċ")])) + 1 # Ċ is how byte-level BPE writes a line break
+    line_break = tok.token_to_id("Ċ") # as byte-level BPE writes it
+    return np.flatnonzero(np.isin(ids[:-length], [0, line_break])) + 1
 
 def windows(
     ids: np.ndarray, # stream from `tokenize`

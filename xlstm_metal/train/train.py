@@ -51,9 +51,11 @@ def make_optimizer(
     weight_decay: float = 0.1, # on matrices
 ) -> optim.Optimizer:
     "AdamW, warm-up and cosine decay (recipe of arXiv 2503.13427, section 4)."
-    rate = optim.join_schedules([optim.linear_schedule(0, lr, warmup), optim.cosine_decay(lr, max(1, steps - warmup), lr / 10)], [warmup])
+    up, down = optim.linear_schedule(0, lr, warmup), optim.cosine_decay(lr, max(1, steps - warmup), lr / 10)
+    rate = optim.join_schedules([up, down], [warmup])
     adamw = partial(optim.AdamW, rate, betas=[0.9, 0.95], eps=1e-8, bias_correction=True)
-    return optim.MultiOptimizer([adamw(weight_decay=weight_decay), adamw(weight_decay=0.)], [lambda path, w: w.ndim > 1])
+    matrices, others = adamw(weight_decay=weight_decay), adamw(weight_decay=0.)
+    return optim.MultiOptimizer([matrices, others], [lambda path, w: w.ndim > 1])
 
 # %% ../../nbs/train/51_train.ipynb #7dd17688
 def fit(
@@ -66,7 +68,8 @@ def fit(
     report=print, # called with step and mean loss since the last look
 ) -> list[float]: # those means, nats per token
     "Train a language model on next-token prediction."
-    grad, state = nn.value_and_grad(model, partial(lm_loss, model)), [model.state, optimizer.state]
+    grad = nn.value_and_grad(model, partial(lm_loss, model))
+    state = [model.state, optimizer.state]
     model.train()
     optimizer.init(model.trainable_parameters())
     @partial(mx.compile, inputs=state, outputs=state)
@@ -79,7 +82,8 @@ def fit(
         seen.append(step(mx.array(ids)))
         mx.async_eval(seen[-1], state)
         if n % every == 0 or n == steps:
-            means.append((sum(seen) / len(seen)).item()); seen = []
+            means.append((sum(seen) / len(seen)).item())
+            seen = []
             if report: report(n, means[-1])
     model.eval()
     return means
@@ -97,5 +101,7 @@ def bits_per_byte(
     rows = (ids.size - 1) // length
     x, y = ids[:rows * length].reshape(rows, length), ids[1:rows * length + 1].reshape(rows, length)
     nats = 0.
-    for r in range(0, rows, batch): nats += nn.losses.cross_entropy(model(x[r:r + batch]), y[r:r + batch], reduction="sum").item()
+    for r in range(0, rows, batch):
+        logits = model(x[r:r + batch])
+        nats += nn.losses.cross_entropy(logits, y[r:r + batch], reduction="sum").item()
     return nats / math.log(2) / (n_bytes * rows * length / ids.size)
