@@ -8,7 +8,7 @@ from nbdev.processors import clean_magics, hide_, hide_line, rm_export, strip_an
 
 cfg = get_config()
 
-def block(text, lang=''): return f'```{lang}\n{text.strip()}\n```'
+def block(text, lang=''): return '\n'.join([f'```{lang}', text.strip('\n'), '```'])
 
 def markdown(text):
     "The subtitle as plain text, callouts as GitHub's, links relative to the repository's root"

@@ -132,6 +132,16 @@ def test_help_is_quick():
     assert best < .5, best
 
 
+def test_streamed_text_is_the_text_of_its_tokens():
+    import xlstm_metal as xm
+    model, tokenizer = xm.load()
+    prompt = "class Point:\n    def __init__(self, x, y):\n"
+    pieces = list(xm.stream(model, tokenizer, prompt, max_tokens=30))
+    whole = "".join(p.text for p in pieces)
+    assert whole == tokenizer.decode([p.token for p in pieces]) and whole.startswith("    ") # indented: no space is lost
+    assert run("generate", "-p", prompt, "--max-tokens", 30).stdout == prompt + whole + "\n"
+
+
 def test_chat_keeps_state_and_ends_at_end_of_input():
     one = run("chat", "--max-tokens", 16, input="class Box:\nimport re\n")
     two = run("chat", "--max-tokens", 16, input="class Box:\n/reset\nimport re\n")

@@ -124,7 +124,15 @@ def test_no_such_model_and_no_hub(hub):
 
 
 def test_info_takes_headers_only(hub):
-    r = subprocess.run([sys.executable, "-m", "xlstm_metal", "info", "-m", "someone/tiny"], capture_output=True, text=True, env=hub.env, timeout=60)
-    assert r.returncode == 0, r.stderr
-    assert "2 mLSTM" in r.stdout and "Hugging Face" in r.stdout
-    assert hub.sent < 200_000 < (FOLDER / "model.safetensors").stat().st_size
+    def info(*more):
+        return subprocess.run([sys.executable, "-m", "xlstm_metal", "info", "-m", "someone/tiny", *more], capture_output=True, text=True, env=hub.env, timeout=60)
+    for _ in range(2): # the second time the config is in the cache, and still no weights are fetched
+        r = info()
+        assert r.returncode == 0, r.stderr
+        assert "2 mLSTM" in r.stdout and "Hugging Face" in r.stdout
+    assert hub.sent < 300_000 < (FOLDER / "model.safetensors").stat().st_size
+    assert "no revision 'nope'" in info("--revision", "nope").stderr
+    assert info("--revision", "v2").returncode == 0
+    assert python(hub, LOAD.format("someone/tiny", "")).returncode == 0
+    hub.shutdown(); hub.server_close()
+    assert info().returncode == 0 # all of it is in the cache now

@@ -71,7 +71,7 @@ def run(args) -> int:
         i = info(args.model, args.revision)
         if describe: print(i)
         if args.show_wiring: print(chain(i.config, args.wiring_style))
-        if describe or args.prompt is None: return 0
+        if describe or args.prompt is None and not args.interactive: return 0
     return write(args)
 
 # %% ../../nbs/generation/43_cli.ipynb #38b5ec6f
@@ -135,9 +135,9 @@ def chat(runner, wishes: dict, first: str | None = None) -> int:
             continue
         messages.append(dict(role="user", content=line))
         text, rendered = turn(runner, messages, rendered)
-        answer, ended = listen(runner.stream(text, **wishes))
+        answer, ids = listen(runner.stream(text, **wishes))
         messages.append(dict(role="assistant", content=answer))
-        rendered += answer + (runner.tokenizer.decode([ended]) if ended is not None else "")
+        rendered += runner.tokenizer.decode(ids) # what the state has read, ends and stop texts included
         print(flush=True)
     if tty: print(file=sys.stderr)
     return 0
@@ -150,23 +150,24 @@ def turn(runner, messages: list, rendered: str) -> tuple[str, str]: # what to re
     runner.reset_state() # the template rewrites what came before, so it must be read again
     return whole, whole
 
-def listen(pieces) -> tuple[str, int | None]: # the answer, and the id that ended the text if one did
+def listen(pieces) -> tuple[str, list[int]]: # what was shown, and the ids that were chosen
     "Print an answer as it arrives; what there is of it when Ctrl-C comes."
-    answer, p = "", None
+    answer, ids = "", []
     try:
         for p in pieces:
-            answer += p.text
+            answer, ids = answer + p.text, [*ids, p.token]
             print(p.text, end="", flush=True)
-    except KeyboardInterrupt: p = None
-    return answer, p.token if p and p.finish_reason == "stop" and not p.text else None
+    except KeyboardInterrupt: pass
+    return answer, ids
 
 # %% ../../nbs/generation/43_cli.ipynb #4fd8e348
 def chain(c, style: str = "unicode") -> str: # an `xLSTMConfig`
     "A model as a chain of blocks, in text."
     down, bar = ("↓", "─") if style == "unicode" else ("v", "-")
-    head, qk, v = c.num_heads, c.qk_dims // c.num_heads, c.v_dims // c.num_heads
+    NH, qk, v = c.num_heads, c.qk_dims // c.num_heads, c.v_dims // c.num_heads
     nodes = [f"ids {bar * 2} embeddings {c.vocab_size} x {c.hidden_size}"]
-    nodes += [f"block {b} {bar * 2} mLSTM {head} heads {qk} x {v}, FFN {c.ffn_dims}"
+    nodes += [f"block {b} {bar * 2} mLSTM {NH} heads {qk} x {v}, FFN {c.ffn_dims}"
               for b in range(c.num_hidden_layers)]
-    nodes += ["out_norm"] * c.add_out_norm + [f"lm_head {bar * 2} logits {c.vocab_size}"]
+    head = "the embeddings again" if c.tie_word_embeddings else "lm_head"
+    nodes += ["out_norm"] * c.add_out_norm + [f"{head} {bar * 2} logits {c.vocab_size}"]
     return f"\n  {down}\n".join(nodes)

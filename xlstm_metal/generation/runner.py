@@ -30,8 +30,10 @@ class xLSTMRunner:
 
     def forward(self, ids) -> mx.array: # ids (S,) or (1, S) int -> logits (1, S, V) float32
         "Read ids and give the logits at every position; the state goes on."
-        ids = mx.array(ids).reshape(1, -1)
-        if ids.size == 0: raise GenerationError("there are no ids to read")
+        ids = mx.array(ids)
+        if ids.ndim == 1: ids = ids[None]
+        if ids.ndim != 2 or ids.shape[0] != 1 or ids.size == 0:
+            raise GenerationError(f"ids must have the shape (S,) or (1, S), S at least 1, not {ids.shape}")
         logits = self.model(ids, self.state.cache)
         self.state.logits, self.state.tokens = logits[:, -1], self.state.tokens + ids.shape[1]
         return logits
@@ -44,11 +46,12 @@ class xLSTMRunner:
         "Read a prompt and write on from it."
         return "".join(p.text for p in self.stream(prompt, **wishes))
 
-    def generate_next_token(self, **wishes) -> int: # temperature, ... as in `Sampling`
-        "Choose one token after all that was read, and read it."
+    def generate_next_token(self, temperature=0., top_k=0, top_p=1., min_p=0.) -> int:
+        "Choose one token after all that was read, and read it; arguments as in `Sampling`."
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         if self.state.logits is None:
             raise GenerationError("nothing was read yet: call forward or generate first")
-        return next(tokens(self.state, Sampling(**wishes)))[0]
+        return next(tokens(self.state, sampling))[0]
 
     def get_model_info(self) -> dict:
         "Sizes of the model and of its state."
