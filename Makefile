@@ -37,9 +37,10 @@ docs: .venv/dev build/npm/node_modules/katex ## the site, in build/docs
 lab: .venv/dev          ## the notebooks, in JupyterLab
 	$(BIN)/jupyter lab nbs/index.ipynb
 
-export: .venv/dev       ## package and README from the notebooks
+export: .venv/dev       ## package, kernels and README from the notebooks
 	find xlstm_metal -name '*.py' ! -name __init__.py ! -name __main__.py -delete
 	$(BIN)/nbdev_export
+	$(BIN)/python -c 'from xlstm_metal.metal import export_kernels; export_kernels()'
 	$(BIN)/nbdev_clean
 	$(BIN)/python docs/readme.py
 

@@ -1,0 +1,44 @@
+uint col = thread_position_in_grid.x;
+uint slice = thread_position_in_threadgroup.y;
+uint head = thread_position_in_grid.z;
+uint lane = thread_index_in_simdgroup;
+uint DQK = k_shape[1], DV = v_shape[1];
+
+// gates, as exponents
+float gate = static_cast<float>(f[head]), ig = static_cast<float>(i[head]), m0 = m[head];
+float e = metal::exp(-metal::abs(gate)), u = 1.0f + e;
+float log_f = metal::min(gate, 0.0f) - (u == 1.0f ? e : e * metal::log(u) / (u - 1.0f));
+if (!keep[head]) { log_f = 0.0f; ig = -1e9f; }
+float m1 = metal::max(log_f + m0, ig);
+float F = metal::exp(log_f + m0 - m1), I = metal::exp(ig - m1);
+
+// every eighth row of one column: forget, add, read
+float num = 0.0f, den = 0.0f;
+float value = col < DV ? static_cast<float>(v[head * DV + col]) : 0.0f;
+for (uint d = slice; d < DQK; d += SLICES) {
+    uint at = head * DQK + d;
+    float key = I * static_cast<float>(k[at]), query = numbers[0] * static_cast<float>(q[at]);
+    float nd = F * n[at] + key;
+    den += query * nd;
+    if (col == 0) n_out[at] = nd;
+    if (col < DV) {
+        float c = F * C[at * DV + col] + key * value;
+        C_out[at * DV + col] = c;
+        num += query * c;
+    }
+}
+
+// eight partial sums become one
+threadgroup float nums[SLICES * 32];
+threadgroup float dens[SLICES * 32];
+nums[slice * 32 + lane] = num;
+dens[slice * 32 + lane] = den;
+threadgroup_barrier(mem_flags::mem_threadgroup);
+if (slice == 0 && col < DV) {
+    for (uint s = 1; s < SLICES; s++) {
+        num += nums[s * 32 + lane];
+        den += dens[s * 32 + lane];
+    }
+    h[head * DV + col] = num / (metal::max(metal::abs(den), metal::exp(-m1)) + numbers[1]);
+}
+if (slice == 0 && col == 0) m_out[head] = m1;

@@ -1,0 +1,61 @@
+"Kernels in whole models, and as CUDA where its compiler is at hand."
+import re
+import shutil
+import subprocess
+from itertools import islice
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+import xlstm_metal as xm
+from xlstm_metal import metal
+from xlstm_metal.generation.generate import Sampling, tokens
+from xlstm_metal.generation.state import State
+from xlstm_metal.metal import source
+
+KERNELS = Path(__file__).parents[1] / "kernels"
+# name -> inputs by type, outputs, constants: what a CUDA compiler must be told
+TYPES = {
+    "soft_cap": (dict(x="float", cap="float"), dict(y="float"), {}),
+    "mlstm_step": (dict(q="__nv_bfloat16", k="__half", v="float", i="float", f="float", C="float", n="float", m="float", keep="bool", numbers="float"),
+                   dict(h="float", C_out="float", n_out="float", m_out="float"), dict(SLICES=8)),
+}
+
+
+@pytest.fixture
+def host(monkeypatch):
+    monkeypatch.setenv("XLSTM_METAL_KERNELS", "host")
+    metal.ran.clear()
+
+
+def test_generation_with_kernels_is_the_same_text(host, monkeypatch):
+    model, tokenizer = xm.load(dtype=mx.float32)
+    ids = tokenizer.encode("class Queue:\n")
+    def write(): return [t for t, _ in islice(tokens(State(model).read([0, *ids]), Sampling()), 12)]
+    with_kernels = write()
+    assert metal.kernel_report() == {"mlstm_step": {"host": 6 * 12}} # six blocks
+    monkeypatch.setenv("XLSTM_METAL_KERNELS", "off")
+    assert write() == with_kernels
+    assert metal.kernel_report()["mlstm_step"]["plain"] == 6 * 12
+
+
+def test_every_kernel_is_known_here():
+    assert {f.stem for f in KERNELS.glob("*.metal")} == TYPES.keys()
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no CUDA compiler")
+@pytest.mark.parametrize("name", TYPES)
+def test_the_text_is_cuda_too(name, tmp_path):
+    inputs, outputs, constants = TYPES[name]
+    # MLX compiles at run time with all functions on the device; nvcc wants to be told
+    header = re.sub(r"^(template <class T> )?(inline )?(\w+ (?:exp|log|tanh|sqrt|rsqrt|abs|max|min|simd\w+|threadgroup_barrier|simdgroup_barrier)\()",
+                    r"\1__device__ \2\3", source("cuda.h"), flags=re.M)
+    text = source(f"{name}.metal")
+    args = [f"const {t}* {n}" for n, t in inputs.items()] + [f"{t}* {n}" for n, t in outputs.items()]
+    args += [f"const cuda::std::array<int, 10> {n}_shape" for n in inputs if f"{n}_shape" in text]
+    whole = ["#include <cuda_fp16.h>", "#include <cuda_bf16.h>", "#include <cuda/std/array>", header,
+             *[f"constexpr int {n} = {v};" for n, v in constants.items()], f"__global__ void {name}({', '.join(args)}) {{", text, "}"]
+    (tmp_path / "k.cu").write_text("\n".join(whole))
+    r = subprocess.run(["nvcc", "-std=c++17", "-arch=sm_90a", "-ptx", "-o", tmp_path / "k.ptx", tmp_path / "k.cu"], capture_output=True, text=True)
+    assert r.returncode == 0, r.stdout + r.stderr
