@@ -20,6 +20,10 @@ TYPES = {
     "soft_cap": (dict(x="float", cap="float"), dict(y="float"), {}),
     "mlstm_step": (dict(q="__nv_bfloat16", k="__half", v="float", i="float", f="float", C="float", n="float", m="float", keep="bool", numbers="float"),
                    dict(h="float", C_out="float", n_out="float", m_out="float"), dict(SLICES=8)),
+    "head_norm_gate": (dict(h="float", o="__nv_bfloat16", w="__nv_bfloat16", b="__nv_bfloat16", eps="float"), dict(y="__nv_bfloat16"),
+                       dict(T="__nv_bfloat16", BIAS=1)),
+    "head_norm_gate_grad": (dict(h="float", o="__half", w="__half", b="__half", eps="float", dy="__half"),
+                            dict(dh="float", d_o="float", gated="float", normed="float"), dict(BIAS=1)),
 }
 
 
@@ -34,7 +38,8 @@ def test_generation_with_kernels_is_the_same_text(host, monkeypatch):
     ids = tokenizer.encode("class Queue:\n")
     def write(): return [t for t, _ in islice(tokens(State(model).read([0, *ids]), Sampling()), 12)]
     with_kernels = write()
-    assert metal.kernel_report() == {"mlstm_step": {"host": 6 * 12}} # six blocks
+    report = metal.kernel_report()
+    assert report["mlstm_step"] == {"host": 6 * 12} and report["head_norm_gate"] == {"host": 6 * 13} # six blocks; the prompt is one pass
     monkeypatch.setenv("XLSTM_METAL_KERNELS", "off")
     assert write() == with_kernels
     assert metal.kernel_report()["mlstm_step"]["plain"] == 6 * 12
@@ -55,7 +60,7 @@ def test_the_text_is_cuda_too(name, tmp_path):
     args = [f"const {t}* {n}" for n, t in inputs.items()] + [f"{t}* {n}" for n, t in outputs.items()]
     args += [f"const cuda::std::array<int, 10> {n}_shape" for n in inputs if f"{n}_shape" in text]
     whole = ["#include <cuda_fp16.h>", "#include <cuda_bf16.h>", "#include <cuda/std/array>", header,
-             *[f"constexpr int {n} = {v};" for n, v in constants.items()], f"__global__ void {name}({', '.join(args)}) {{", text, "}"]
+             *[f"using {n} = {v};" if isinstance(v, str) else f"constexpr int {n} = {v};" for n, v in constants.items()], f"__global__ void {name}({', '.join(args)}) {{", text, "}"]
     (tmp_path / "k.cu").write_text("\n".join(whole))
     r = subprocess.run(["nvcc", "-std=c++17", "-arch=sm_90a", "-ptx", "-o", tmp_path / "k.ptx", tmp_path / "k.cu"], capture_output=True, text=True)
     assert r.returncode == 0, r.stdout + r.stderr
