@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 import xlstm_metal as xm
@@ -13,13 +14,23 @@ from xlstm_metal import metal
 from xlstm_metal.generation.generate import Sampling, tokens
 from xlstm_metal.generation.state import State
 from xlstm_metal.metal import source
+from xlstm_metal.model.config import xLSTMConfig
+from xlstm_metal.model.xlstm import Model
+from xlstm_metal.train.train import fit, init_weights, make_optimizer
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 # name -> inputs by type, outputs, constants: what a CUDA compiler must be told
 TYPES = {
     "soft_cap": (dict(x="float", cap="float"), dict(y="float"), {}),
+    "running_max": (dict(x="float"), dict(y="float"), {}),
     "mlstm_step": (dict(q="__nv_bfloat16", k="__half", v="float", i="float", f="float", C="float", n="float", m="float", keep="bool", numbers="float"),
                    dict(h="float", C_out="float", n_out="float", m_out="float"), dict(SLICES=8)),
+    "mlstm_recurrent": (dict(q="__nv_bfloat16", k="__half", v="float", i="float", log_f="float", C="float", n="float", m="float", numbers="float"),
+                        dict(h="float", C_out="float", n_out="float", m_out="float"), dict(SLICES=8, ROWS=32)),
+    "mlstm_chunk_state": (dict(k="__nv_bfloat16", v="__half", i="float", log_f="float", C="float", n="float", m="float"),
+                          dict(states="float", totals="float", scales="float"), {}),
+    "mlstm_chunk_output": (dict(q="__nv_bfloat16", k="__half", v="float", i="float", log_f="float", states="float", totals="float", scales="float",
+                                numbers="float"), dict(h="float"), {}),
     "head_norm_gate": (dict(h="float", o="__nv_bfloat16", w="__nv_bfloat16", b="__nv_bfloat16", eps="float"), dict(y="__nv_bfloat16"),
                        dict(T="__nv_bfloat16", BIAS=1)),
     "head_norm_gate_grad": (dict(h="float", o="__half", w="__half", b="__half", eps="float", dy="__half"),
@@ -45,6 +56,18 @@ def test_generation_with_kernels_is_the_same_text(host, monkeypatch):
     assert metal.kernel_report()["mlstm_step"]["plain"] == 6 * 12
 
 
+def test_training_with_kernels_is_the_same_curve(host, monkeypatch):
+    c = xLSTMConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_heads=2)
+    def curve():
+        rng = np.random.default_rng(0)
+        batches = (rng.integers(0, 40, (2, 71)) for _ in range(6))
+        return fit(init_weights(Model(c)), batches, make_optimizer(6, 1e-2, 2), 6, every=1, report=None)
+    with_kernels = curve()
+    assert metal.kernel_report()["mlstm_chunk_output"]["host"] == 2 * 6 and metal.kernel_report()["head_norm_gate_grad"]["host"] == 2 * 6
+    monkeypatch.setenv("XLSTM_METAL_KERNELS", "off")
+    assert np.allclose(with_kernels, curve(), rtol=1e-4)
+
+
 def test_every_kernel_is_known_here():
     assert {f.stem for f in KERNELS.glob("*.metal")} == TYPES.keys()
 
@@ -54,8 +77,8 @@ def test_every_kernel_is_known_here():
 def test_the_text_is_cuda_too(name, tmp_path):
     inputs, outputs, constants = TYPES[name]
     # MLX compiles at run time with all functions on the device; nvcc wants to be told
-    header = re.sub(r"^(template <class T> )?(inline )?(\w+ (?:exp|log|tanh|sqrt|rsqrt|abs|max|min|simd\w+|threadgroup_barrier|simdgroup_barrier)\()",
-                    r"\1__device__ \2\3", source("cuda.h"), flags=re.M)
+    header = re.sub(r"^(\s*)(template <[^>]*> )?(inline )?(\w+\*? \w+\()(?=.*\{|$)", lambda m: m[1] + (m[2] or "") + "__device__ " + (m[3] or "") + m[4] if "return" not in m[0] else m[0],
+                    source("cuda.h"), flags=re.M)
     text = source(f"{name}.metal")
     args = [f"const {t}* {n}" for n, t in inputs.items()] + [f"{t}* {n}" for n, t in outputs.items()]
     args += [f"const cuda::std::array<int, 10> {n}_shape" for n in inputs if f"{n}_shape" in text]

@@ -13,6 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 
+from xlstm_metal.blocks.sequence_kernels import mlstm_chunkwise_dispatch
 from xlstm_metal.blocks.chunkwise import mlstm_chunkwise
 from xlstm_metal.blocks.recurrent import mlstm_parallel, mlstm_recurrent
 from xlstm_metal.generation.generate import Sampling, tokens
@@ -75,6 +76,18 @@ def test_loss_and_gradients(case):
 
 # A cell in float64, with an initial state, a padding mask, and gradients of everything.
 FORMS = {"recurrent": mlstm_recurrent, "parallel": mlstm_parallel} | {f"chunk {L}": partial(mlstm_chunkwise, chunk_size=L) for L in (1, 3, 16, 64, 128)}
+
+
+def on_the_host(*args):
+    "The kernels, run by the CPU from their Metal text."
+    before = os.environ.get("XLSTM_METAL_KERNELS")
+    os.environ["XLSTM_METAL_KERNELS"] = "host"
+    try:
+        return mlstm_chunkwise_dispatch(*args) # a kernel on the host runs at once
+    finally: os.environ.pop("XLSTM_METAL_KERNELS") if before is None else os.environ.update(XLSTM_METAL_KERNELS=before)
+
+
+FORMS["kernels"] = on_the_host
 
 
 @pytest.fixture(scope="module")

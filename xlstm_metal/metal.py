@@ -16,7 +16,8 @@ import mlx.core as mx
 def backend() -> str | None: # "metal", "cuda", "host"; None: the plain form
     "Where kernels run now."
     mode = os.environ.get("XLSTM_METAL_KERNELS", "off")
-    if mode not in ("off", "on", "host"): raise ValueError(f"XLSTM_METAL_KERNELS must be off, on or host, not {mode!r}")
+    if mode not in ("off", "on", "host"):
+        raise ValueError(f"XLSTM_METAL_KERNELS must be off, on or host, not {mode!r}")
     if mode == "host": return "host"
     if mode == "off" or mx.default_device() != mx.Device(mx.gpu): return None
     return "metal" if mx.metal.is_available() else "cuda"
@@ -115,20 +116,24 @@ class Kernel:
         text = source(f"{self.name}.metal")
         if where == "host":
             from xlstm_metal.host import run
-            return run(self.name, text, dict(zip(self.inputs, arrays)), dict(zip(self.outputs, zip(shapes, dtypes))),
-                       grid, threads, template)
+            outputs = dict(zip(self.outputs, zip(shapes, dtypes)))
+            return run(self.name, text, dict(zip(self.inputs, arrays)), outputs, grid, threads, template)
         if (text, where) not in self.compiled: # a changed cell is a new kernel
             self.compiled[text, where] = compile_kernel(self, text, where)
-        return self.compiled[text, where](inputs=list(arrays), output_shapes=shapes, output_dtypes=dtypes, grid=grid,
-                                          threadgroup=threads, template=list(template.items()))
+        return self.compiled[text, where](inputs=list(arrays), output_shapes=shapes, output_dtypes=dtypes,
+                                          grid=grid, threadgroup=threads, template=list(template.items()))
 
 # %% ../nbs/01_metal.ipynb #7c9e01fc
 def check_launch(name, arrays, grid, threads):
     "Refuse what one of the machines would do silently wrong."
-    if any(a.ndim == 0 for a in arrays): raise ValueError(f"kernel {name}: an input without dimensions; make it an array of one")
-    if any(g % t for g, t in zip(grid, threads)): raise ValueError(f"kernel {name}: grid {grid} is not a multiple of threads {threads}")
-    if (n := threads[0] * threads[1] * threads[2]) > 256: raise ValueError(f"kernel {name}: {n} threads in a group are more than 256")
+    if any(a.ndim == 0 for a in arrays):
+        raise ValueError(f"kernel {name}: an input without dimensions; make it an array of one")
+    if any(g % t for g, t in zip(grid, threads)):
+        raise ValueError(f"kernel {name}: grid {grid} is not a multiple of threads {threads}")
+    if (n := threads[0] * threads[1] * threads[2]) > 256:
+        raise ValueError(f"kernel {name}: {n} threads in a group are more than 256")
 
 def compile_kernel(k: Kernel, text: str, where: str):
     args = dict(name=k.name, input_names=k.inputs, output_names=k.outputs, source=text)
-    return mx.fast.metal_kernel(**args) if where == "metal" else mx.fast.cuda_kernel(**args, header=source("cuda.h"))
+    if where == "metal": return mx.fast.metal_kernel(**args)
+    return mx.fast.cuda_kernel(**args, header=source("cuda.h"))

@@ -11,7 +11,7 @@ import mlx.nn as nn
 from ..numerics import soft_cap
 from .norms import RMSNorm, MultiHeadNorm
 from .ffn import GatedFFN
-from .chunkwise import mlstm_chunkwise
+from .sequence_kernels import mlstm_chunkwise_dispatch
 from .step_kernel import mlstm_step_dispatch
 
 # %% ../../nbs/blocks/16_mlstm.ipynb #8f7a4b20
@@ -31,7 +31,7 @@ class mLSTMCell(nn.Module):
         mask: mx.array | None = None, # (B, S) bool, False leaves the state as it was
     ) -> tuple[mx.array, tuple]: # h (B, NH, S, DV) float32, new state
         if q.shape[2] == 1: return mlstm_step_dispatch(q, k, v, i, f, state, mask, self.eps)
-        return mlstm_chunkwise(q, k, v, i, f, state, mask, self.chunk_size, self.eps)
+        return mlstm_chunkwise_dispatch(q, k, v, i, f, state, mask, self.chunk_size, self.eps)
 
 # %% ../../nbs/blocks/16_mlstm.ipynb #a1d46cc0
 class mLSTMLayer(nn.Module):

@@ -69,7 +69,8 @@ def head_norm_gate_plain(
 
 # %% ../../nbs/blocks/10_norms.ipynb #45014cc2
 forward_kernel = Kernel("head_norm_gate", ["h", "o", "w", "b", "eps"], ["y"])
-backward_kernel = Kernel("head_norm_gate_grad", ["h", "o", "w", "b", "eps", "dy"], ["dh", "d_o", "gated", "normed"])
+backward_kernel = Kernel("head_norm_gate_grad", ["h", "o", "w", "b", "eps", "dy"],
+                         ["dh", "d_o", "gated", "normed"])
 
 def rows_of(h: mx.array) -> dict:
     "A SIMD group for each row, up to eight in a threadgroup."
@@ -81,12 +82,14 @@ def fused_norm_gate(eps: float, bias: bool):
     numbers = mx.array([eps])
     @mx.custom_function
     def f(h, o, w, b):
-        return forward_kernel(h, o, w, b, numbers, shapes=[o.shape], dtypes=[o.dtype], T=o.dtype, BIAS=bias, **rows_of(h))[0]
+        return forward_kernel(h, o, w, b, numbers, shapes=[o.shape], dtypes=[o.dtype],
+                              T=o.dtype, BIAS=bias, **rows_of(h))[0]
     @f.vjp
     def f_vjp(primals, dy, y):
         h, o, w, b = primals
-        dh, do, gated, normed = backward_kernel(h, o, w, b, numbers, dy, shapes=[h.shape] + [o.shape] * 3, dtypes=[mx.float32] * 4,
-                                                BIAS=bias, **rows_of(h))
+        dh, do, gated, normed = backward_kernel(
+            h, o, w, b, numbers, dy, shapes=[h.shape] + [o.shape] * 3, dtypes=[mx.float32] * 4,
+            BIAS=bias, **rows_of(h))
         dw, db = (gated * normed).sum((0, 1)), gated.sum((0, 1)) if bias else mx.zeros_like(b)
         return tuple(g.astype(x.dtype) for g, x in zip((dh, do, dw, db), primals))
     return f

@@ -11,13 +11,15 @@ from ..metal import Kernel
 from .recurrent import empty_state, mlstm_step
 
 # %% ../../nbs/blocks/14_step_kernel.ipynb #eb58a1fe
-step_kernel = Kernel("mlstm_step", ["q", "k", "v", "i", "f", "C", "n", "m", "keep", "numbers"], ["h", "C_out", "n_out", "m_out"])
+step_kernel = Kernel("mlstm_step", ["q", "k", "v", "i", "f", "C", "n", "m", "keep", "numbers"],
+                     ["h", "C_out", "n_out", "m_out"])
 
 def launch_step(q, k, v, i, f, C, n, m, mask, eps):
     "One launch; arguments as for `mlstm_step`, mask (B, 1) bool."
     B, NH, DQK, DV = C.shape
     N, slices = B * NH, 8
-    flat = [x.reshape(N, -1) for x in (q, k, v)] + [i.reshape(N), f.reshape(N), C, n.reshape(N, DQK), m.reshape(N)]
+    flat = [x.reshape(N, -1) for x in (q, k, v)]
+    flat += [i.reshape(N), f.reshape(N), C, n.reshape(N, DQK), m.reshape(N)]
     keep = mx.broadcast_to(mask, (B, NH)).reshape(N)
     h, C, n, m = step_kernel(*flat, keep, mx.array([DQK**-0.5, eps]), SLICES=slices,
                              shapes=[(B, NH, 1, DV), C.shape, n.shape, m.shape], dtypes=[mx.float32] * 4,
