@@ -1,5 +1,5 @@
 uint lane = thread_index_in_simdgroup;
-uint row = thread_position_in_grid.y;
+uint row = thread_position_in_grid.x / 32;
 uint NH = h_shape[1], S = h_shape[2], DV = h_shape[3];
 uint s = row % S, head = row / S % NH, batch = row / S / NH;
 uint from = row * DV, to = ((batch * S + s) * NH + head) * DV;

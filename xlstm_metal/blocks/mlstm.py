@@ -72,7 +72,7 @@ class mLSTMLayer(nn.Module):
         gates = self.igate_preact(x32), self.fgate_preact(x32)
         i, f = (soft_cap(g, self.gate_soft_cap).swapaxes(1, 2) for g in gates)
         h, state = self.cell(q, k, v, i, f, state, mask)
-        return self.out_proj(self.multihead_norm(h, x.dtype, gate=self.ogate_preact(x))), state
+        return self.out_proj(self.multihead_norm(h, gate=self.ogate_preact(x))), state
 
 # %% ../../nbs/blocks/16_mlstm.ipynb #a2ed79f5
 class mLSTMBlock(nn.Module):
