@@ -47,37 +47,50 @@ struct simdgroup_float8x8 {
     float e[2];
     float* thread_elements() { return e; }
 };
-inline uint lane_row() {
-    uint lane = thread_index_in_simdgroup;
-    return (lane / 4 & 4) + lane / 2 % 4;
-}
-inline uint lane_column() {
-    uint lane = thread_index_in_simdgroup;
-    return (lane / 4 & 2) * 2 + lane % 2 * 2;
-}
-inline uint lane_of(uint r, uint c) {
-    return ((r & 4) << 2) + ((r & 3) << 1) + ((c & 4) << 1) + ((c & 2) >> 1);
-}
+inline uint lane_row() { return thread_index_in_simdgroup / 4; }
+inline uint lane_column() { return thread_index_in_simdgroup % 4 * 2; }
 template <class T, int R, int C> simdgroup_float8x8 make_filled_simdgroup_matrix(T x) { return {{x, x}}; }
-inline void simdgroup_load(simdgroup_float8x8& m, const float* p, ulong width) {
-    p += lane_row() * width + lane_column();
+inline void simdgroup_load(simdgroup_float8x8& m, const float* p, ulong width, int = 0, bool turned = false) {
+    ulong down = turned ? 1 : width, right = turned ? width : 1;
+    p += lane_row() * down + lane_column() * right;
     m.e[0] = p[0];
-    m.e[1] = p[1];
+    m.e[1] = p[right];
 }
 inline void simdgroup_store(simdgroup_float8x8 m, float* p, ulong width) {
     p += lane_row() * width + lane_column();
     p[0] = m.e[0];
     p[1] = m.e[1];
 }
+}
+
+namespace metal {
+inline uint high(float x) { // the nearest float of 10 bits
+    uint y;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+    return y;
+}
+inline uint low(float x, uint high) { return __float_as_uint(x - __uint_as_float(high)); }
+inline void add_products(float* c, uint h0, uint l0, uint h1, uint l1, uint b0, uint b1) {
+    float d[4];
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(h0), "r"(l0), "r"(h1), "r"(l1), "r"(b0), "r"(b1), "f"(0.0f));
+    c[0] += d[0] + d[2];
+    c[1] += d[1] + d[3];
+}
 inline void simdgroup_multiply_accumulate(
     simdgroup_float8x8& d, simdgroup_float8x8 a, simdgroup_float8x8 b, simdgroup_float8x8 c
 ) {
-    uint row = lane_row(), column = lane_column();
-    for (uint i = 0; i < 8; i++) {
-        float x = simd_shuffle(i % 2 ? a.e[1] : a.e[0], lane_of(row, i));
-        c.e[0] += x * simd_shuffle(b.e[0], lane_of(i, column));
-        c.e[1] += x * simd_shuffle(b.e[1], lane_of(i, column));
-    }
+    uint lane = thread_index_in_simdgroup, from = lane % 4 * 8 + lane / 8;
+    bool odd = lane / 4 % 2;
+    float x0 = simd_shuffle(b.e[0], from), x1 = simd_shuffle(b.e[1], from);
+    float y0 = simd_shuffle(b.e[0], from + 4), y1 = simd_shuffle(b.e[1], from + 4);
+    float x = odd ? x1 : x0, y = odd ? y1 : y0;
+    uint a0 = high(a.e[0]), a1 = high(a.e[1]), bx = high(x), by = high(y);
+    uint low0 = low(a.e[0], a0), low1 = low(a.e[1], a1);
+    add_products(c.e, a0, low0, a1, low1, low(x, bx), low(y, by));
+    add_products(c.e, a0, low0, a1, low1, bx, by);
     d = c;
 }
 }

@@ -12,19 +12,30 @@ if (!keep[head]) { log_f = 0.0f; ig = -1e9f; }
 float m1 = metal::max(log_f + m0, ig);
 float F = metal::exp(log_f + m0 - m1), I = metal::exp(ig - m1);
 
-// every eighth row of one column: forget, add, read
+// every eighth row of one column, eight of them at once: read, forget, add, read out
 float num = 0.0f, den = 0.0f;
 float value = col < DV ? static_cast<float>(v[head * DV + col]) : 0.0f;
-for (uint d = slice; d < DQK; d += SLICES) {
-    uint at = head * DQK + d;
-    float key = I * static_cast<float>(k[at]), query = numbers[0] * static_cast<float>(q[at]);
-    float nd = F * n[at] + key;
-    den += query * nd;
-    if (col == 0) n_out[at] = nd;
-    if (col < DV) {
-        float c = F * C[at * DV + col] + key * value;
-        C_out[at * DV + col] = c;
-        num += query * c;
+for (uint d0 = slice; d0 < DQK; d0 += SLICES * 8) {
+    float c[8];
+    float total[8];
+    float key[8];
+    float query[8];
+    for (uint j = 0; j < 8; j++) {
+        uint d = d0 + j * SLICES, at = head * DQK + d;
+        bool inside = d < DQK;
+        c[j] = inside && col < DV ? C[at * DV + col] : 0.0f;
+        total[j] = inside ? n[at] : 0.0f;
+        key[j] = inside ? I * static_cast<float>(k[at]) : 0.0f;
+        query[j] = inside ? numbers[0] * static_cast<float>(q[at]) : 0.0f;
+    }
+    for (uint j = 0; j < 8; j++) {
+        uint d = d0 + j * SLICES, at = head * DQK + d;
+        total[j] = F * total[j] + key[j];
+        c[j] = F * c[j] + key[j] * value;
+        den += query[j] * total[j];
+        num += query[j] * c[j];
+        if (d < DQK && col == 0) n_out[at] = total[j];
+        if (d < DQK && col < DV) C_out[at * DV + col] = c[j];
     }
 }
 

@@ -26,6 +26,7 @@ void threadgroup_barrier(mem_flags);
 void simdgroup_barrier(mem_flags);
 float simd_sum(float);
 float simd_max(float);
+template <class T> T simd_shuffle(T, ushort);
 template <class T> T simd_shuffle_xor(T, ushort);
 
 struct simdgroup_float8x8 { float* thread_elements(); };

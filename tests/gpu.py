@@ -1,27 +1,35 @@
 """The kernels on this machine's GPU: how far from float64, and how fast against the plain form.
 
-    python tests/gpu.py [--quick]
+    python tests/gpu.py [norm] [step] [sequence] [gradient] [conv] [decode] [training] [--quick]
 
-One row per kernel and size: relative error of the kernel and of the plain form against float64 on the same inputs, and the time
-of both (median over repeated, evaluated calls). Exits with 1 if a kernel is further than 1e-5 from float64. Sizes named 7B are
-those of one block of xLSTM 7B. `--quick` takes the small sizes only; with XLSTM_METAL_KERNELS=host it runs anywhere.
+Without names all parts. A row is a kernel and a size: worst relative error of the kernel and of the plain form against float64 on
+the same inputs, and the time of both (ten calls in flight together, median over rounds, compiled except for chunks). Exits with 1
+if a kernel is further than 1e-5 from float64, or 1e-2 where the result has 16 bits. Sizes named 7B are those of one block of
+xLSTM 7B. `--quick` takes the small sizes only; with XLSTM_METAL_KERNELS=host it runs anywhere.
 """
 import argparse
 import os
 import sys
 import time
+from contextlib import contextmanager
 from functools import partial
 
 os.environ.setdefault("XLSTM_METAL_KERNELS", "on")
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
+from mlx.utils import tree_map  # noqa: E402
 
+import xlstm_metal as xm  # noqa: E402
 from xlstm_metal import metal  # noqa: E402
 from xlstm_metal.blocks.chunkwise import mlstm_chunkwise  # noqa: E402
+from xlstm_metal.blocks.conv import conv_fused, conv_plain  # noqa: E402
 from xlstm_metal.blocks.norms import head_norm_gate, head_norm_gate_plain  # noqa: E402
 from xlstm_metal.blocks.recurrent import mlstm_step  # noqa: E402
-from xlstm_metal.blocks.sequence_kernels import mlstm_chunkwise_dispatch  # noqa: E402
+from xlstm_metal.blocks.sequence_gradients import mlstm_chunkwise_dispatch  # noqa: E402
 from xlstm_metal.blocks.step_kernel import mlstm_step_dispatch  # noqa: E402
+from xlstm_metal.model.config import xLSTMConfig  # noqa: E402
+from xlstm_metal.model.xlstm import Model  # noqa: E402
+from xlstm_metal.train.train import fit, init_weights, make_optimizer  # noqa: E402
 
 
 def cell_case(B, NH, S, DQK, DV, dtype, seed=0):
@@ -57,7 +65,85 @@ def norm64(h, o, w):
     return [z.swapaxes(1, 2).reshape(o.shape) * w / (1 + np.exp(-o))]
 
 
-def flat(x): return [x] if isinstance(x, mx.array) else [x[0], *x[1]]
+def conv_case(B, S, C, dtype, seed=0):
+    r = np.random.default_rng(seed)
+    a = lambda *s: mx.array(r.normal(size=s).astype(np.float32))
+    return a(B, S, C).astype(dtype), a(C, 1, 4), a(C), a(B, 3, C).astype(dtype)
+
+
+def conv64(x, w, b, state):
+    x, w, b, state = (np.array(a.astype(mx.float32), np.float64) for a in (x, w, b, state))
+    z = np.concatenate([state, x], 1)
+    return [b + sum(w[:, 0, j] * z[:, j:j + x.shape[1]] for j in range(4)), z[:, x.shape[1]:]]
+
+
+def rms_case(R, D, dtype, seed=0):
+    r = np.random.default_rng(seed)
+    return mx.array(r.normal(size=(R, D)).astype(np.float32)).astype(dtype), mx.array(1 + .1 * r.normal(size=D).astype(np.float32)).astype(dtype)
+
+
+def rms64(x, w):
+    x, w = (np.array(a.astype(mx.float32), np.float64) for a in (x, w))
+    return [x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * w]
+
+
+# RMSNorm as a kernel of ours, to be compared with the one MLX has: eight SIMD groups for each row
+metal.live["rms_norm.metal"] = """
+uint t = thread_index_in_threadgroup, row = threadgroup_position_in_grid.x, D = x_shape[1];
+threadgroup float parts[8];
+float sum = 0.0f;
+for (uint c = t; c < D; c += 256) sum += static_cast<float>(x[row * D + c]) * static_cast<float>(x[row * D + c]);
+sum = simd_sum(sum);
+if (thread_index_in_simdgroup == 0) parts[simdgroup_index_in_threadgroup] = sum;
+threadgroup_barrier(mem_flags::mem_threadgroup);
+sum = 0.0f;
+for (uint g = 0; g < 8; g++) sum += parts[g];
+float scale = metal::rsqrt(sum / static_cast<float>(D) + 1e-6f);
+for (uint c = t; c < D; c += 256) y[row * D + c] = static_cast<T>(static_cast<float>(x[row * D + c]) * scale * static_cast<float>(w[c]));
+"""
+rms_kernel = metal.Kernel("rms_norm", ["x", "w"], ["y"])
+
+
+def rms(x, w): return rms_kernel(x, w, shapes=[x.shape], dtypes=[x.dtype], T=x.dtype, grid=(256 * x.shape[0], 1, 1), threads=(256, 1, 1))
+
+
+def gradient(form):
+    "The gradients of all inputs of a cell, for a fixed random loss of h and of the last C and n."
+    def f(q, k, v, i, f_, state):
+        def flat_form(*a):
+            h, s = form(*a[:5], tuple(a[5:]))
+            return h, *s[:2]
+        B, NH, S, _ = q.shape
+        weights = [mx.cos(mx.arange(s[2] * s[3], dtype=mx.float32)).reshape(1, 1, *s[2:]) + mx.zeros(s) for s in (v.shape, state[0].shape)]
+        weights.append(mx.sin(mx.arange(state[1].shape[2], dtype=mx.float32)) + mx.zeros(state[1].shape))
+        return mx.vjp(flat_form, [q, k, v, i, f_, *state], weights)[1]
+    return f
+
+
+def definition(q, k, v, i, f, state):
+    "The mLSTM token by token in the dtype of its inputs, for MLX to differentiate."
+    C, n, m = state
+    m, h = m[..., 0], []
+    log_f = -mx.logaddexp(mx.zeros_like(f), -f)
+    for t in range(q.shape[2]):
+        m1 = mx.maximum(log_f[..., t] + m, i[..., t])
+        F, I = mx.exp(log_f[..., t] + m - m1)[..., None], mx.exp(i[..., t] - m1)[..., None]
+        C = F[..., None] * C + (I * k[:, :, t])[..., None] * v[:, :, t, None]
+        n, m, x = F * n + I * k[:, :, t], m1, q[:, :, t] * q.shape[-1]**-.5
+        den = mx.maximum(mx.abs((x * n).sum(-1)), mx.exp(-m)) + 1e-6
+        h.append((x[..., None] * C).sum(2) / den[..., None])
+    return mx.stack(h, 2), (C, n, m[..., None])
+
+
+def gradient64(q, k, v, i, f, state):
+    with mx.stream(mx.cpu):
+        wide = [mx.array(np.array(x.astype(mx.float32), np.float64)) for x in (q, k, v, i, f, *state)]
+        return [np.array(g) for g in gradient(definition)(*wide[:5], tuple(wide[5:]))]
+
+
+def flat(x):
+    "All arrays in a nest of tuples and lists."
+    return [x] if isinstance(x, mx.array) else [a for part in x for a in flat(part)]
 
 
 def error(got, want):
@@ -66,49 +152,149 @@ def error(got, want):
     return max(x if np.isfinite(x) else np.inf for x in rel)
 
 
-def seconds(f, args, budget=1.0):
-    "Median time of a call, evaluated; inputs stay the same, outputs are new each time."
-    mx.eval(flat(f(*args))); mx.eval(flat(f(*args)))
+def seconds(f, make, compiled, calls=10, budget=1.0):
+    "Time of a call: median over rounds of `calls` calls, each with inputs of its own, that are in flight together, as those of a model are."
+    inputs = [make(seed=j) for j in range(calls if compiled else 1)]
+    def work(inputs): return [f(*x) for x in inputs]
+    if compiled: work = mx.compile(work)
+    else: inputs *= calls
+    mx.eval(inputs)
+    def one_round(): mx.eval(flat(work(inputs)))
+    one_round(), one_round()
     times, end = [], time.perf_counter() + budget
-    while len(times) < 5 or time.perf_counter() < end and len(times) < 200:
+    while len(times) < 5 or time.perf_counter() < end and len(times) < 50:
         start = time.perf_counter()
-        mx.eval(flat(f(*args)))
-        times.append(time.perf_counter() - start)
+        one_round()
+        times.append((time.perf_counter() - start) / calls)
     return float(np.median(times))
 
 
+def with_gradient(f, weights=(0, 1)):
+    "Value and gradient of a form whose outputs look like its inputs number `weights`."
+    def g(*args): return mx.vjp(lambda *a: flat(f(*a)), list(args), [args[j] for j in weights])
+    return g
+
+
 def cases(quick):
-    "Name, kernel form, plain form, float64 form, inputs, tolerance."
-    step = (mlstm_step_dispatch, mlstm_step, cell64)
-    chunks = (mlstm_chunkwise_dispatch, mlstm_chunkwise, cell64)
-    norm = (head_norm_gate, head_norm_gate_plain, norm64)
+    "By part: name, kernel form, plain form, float64 form, inputs, tolerance, whether both are compiled first."
     f32, bf16 = mx.float32, mx.bfloat16
-    for sizes in ((2, 3, 1, 5, 7), (1, 2, 1, 33, 65)): yield f"step {sizes}", *step, partial(cell_case, *sizes, f32), 1e-5
-    for sizes in ((1, 2, 9, 33, 40), (2, 3, 70, 24, 40), (1, 2, 150, 65, 130)): yield f"sequence {sizes}", *chunks, partial(cell_case, *sizes, f32), 1e-5
-    for sizes in ((2, 3, 5, 7), (1, 2, 70, 65)): yield f"norm and gate {sizes}", *norm, partial(norm_case, *sizes, f32), 1e-5
+    norm = (head_norm_gate, head_norm_gate_plain, norm64)
+    for sizes in ((2, 3, 5, 7), (1, 2, 70, 65)): yield "norm", f"norm and gate {sizes}", *norm, partial(norm_case, *sizes, f32), 1e-5, True
+    step = (mlstm_step_dispatch, mlstm_step, cell64)
+    for sizes in ((2, 3, 1, 5, 7), (1, 2, 1, 33, 65)): yield "step", f"step {sizes}", *step, partial(cell_case, *sizes, f32), 1e-5, True
+    chunks = (mlstm_chunkwise_dispatch, mlstm_chunkwise, cell64)
+    for sizes in ((1, 2, 9, 33, 40), (2, 3, 70, 24, 40), (1, 2, 150, 65, 130), (2, 1, 300, 16, 65)):
+        yield "sequence", f"sequence {sizes}", *chunks, partial(cell_case, *sizes, f32), 1e-5, False
+    back = (gradient(mlstm_chunkwise_dispatch), gradient(mlstm_chunkwise), gradient64)
+    for sizes in ((2, 3, 70, 24, 40), (1, 2, 150, 65, 130)): yield "gradient", f"gradient {sizes}", *back, partial(cell_case, *sizes, f32), 1e-5, False
+    conv = (conv_fused, conv_plain, conv64)
+    for sizes in ((2, 9, 5), (3, 100, 130)): yield "conv", f"convolution {sizes}", *conv, partial(conv_case, *sizes, f32), 1e-5, True
     if quick: return
-    for B in (1, 8, 32): yield f"7B step, batch {B}", *step, partial(cell_case, B, 8, 1, 256, 512, bf16), 1e-5
-    for S in (4, 16, 256, 2048): yield f"7B prompt of {S}", *chunks, partial(cell_case, 1, 8, S, 256, 512, bf16), 1e-5
-    for S in (1, 2048): yield f"7B norm and gate, {S}", *norm, partial(norm_case, 1, 8, S, 512, bf16), 1e-2
+    for S in (1, 2048): yield "norm", f"7B norm and gate, {S}", *norm, partial(norm_case, 1, 8, S, 512, bf16), 1e-2, True
+    for S in (1, 2048): yield "norm", f"RMSNorm of ours and MLX's, {S}", rms, lambda x, w: mx.fast.rms_norm(x, w, 1e-6), rms64, partial(rms_case, S, 4096, bf16), 1e-2, True
+    for B in (1, 8, 32): yield "step", f"7B step, batch {B}", *step, partial(cell_case, B, 8, 1, 256, 512, bf16), 1e-5, True
+    for S in (4, 16, 256, 2048): yield "sequence", f"7B prompt of {S}", *chunks, partial(cell_case, 1, 8, S, 256, 512, bf16), 1e-5, S <= 16
+    yield "sequence", "8 rows of 256, small heads", *chunks, partial(cell_case, 8, 4, 256, 32, 64, bf16), 1e-5, False
+    yield "gradient", "7B gradient, 128", *back, partial(cell_case, 1, 2, 128, 256, 512, f32), 1e-4, False # dm is a small difference
+    for sizes, name in (((1, 8, 2048, 256, 512), "7B"), ((8, 4, 256, 32, 64), "small heads")):
+        yield "gradient", f"{name} there and back, {sizes[2]}", *back[:2], None, partial(cell_case, *sizes, bf16), 1e-5, False
+    for S in (1, 2048): yield "conv", f"4096 channels, {S}", *conv, partial(conv_case, 1, S, 4096, bf16), 1e-2, True
+    yield "conv", "4096 channels there and back", with_gradient(conv_fused, (0, 3)), with_gradient(conv_plain, (0, 3)), None, partial(conv_case, 1, 2048, 4096, bf16), 1e-2, True
+
+
+def decode(quick):
+    "A whole decode step, uncompiled and compiled: the bundled model, and eight blocks of the size of xLSTM 7B."
+    bundled, _ = xm.load()
+    models = {"bundled model": bundled}
+    if not quick:
+        big = xLSTMConfig(vocab_size=50304, hidden_size=4096, num_hidden_layers=8, num_heads=8)
+        models["8 blocks of 7B"] = Model(big)
+        models["8 blocks of 7B"].update(tree_map(lambda p: (.02 * mx.random.normal(p.shape)).astype(mx.bfloat16), models["8 blocks of 7B"].parameters()))
+    for name, model in models.items():
+        def step(token, *state):
+            cache = model.make_cache()
+            for j, slot in enumerate(cache): slot.state = (list(state[3 * j:3 * j + 3]), None, None)
+            logits = model(token, cache)
+            return mx.argmax(logits[:, -1:], -1), *(a for slot in cache for a in slot.cache)
+        def per_token(f, n=10 if quick else 50):
+            cache = model.make_cache()
+            model(mx.array([[0, 5, 7]]), cache)
+            values = (mx.array([[5]]), *(a for slot in cache for a in slot.cache))
+            for _ in range(3): values = f(*values)
+            mx.eval(values)
+            start = time.perf_counter()
+            for _ in range(n):
+                values = f(*values)
+                mx.async_eval(values)
+            mx.eval(values)
+            return (time.perf_counter() - start) / n
+        for how, f in (("", lambda: step), (", compiled", lambda: mx.compile(step))):
+            with kernels("off"): plain = per_token(f())
+            yield f"{name}{how}, a token", per_token(f()), plain
+
+
+def training(quick):
+    "Losses of the same small training with kernels and without, and the time of a step; nothing compiled."
+    c = xLSTMConfig(vocab_size=64, hidden_size=128, num_hidden_layers=2, num_heads=4)
+    steps = 4 if quick else 40
+    def curve():
+        rng = np.random.default_rng(0)
+        batches = [np.cumsum(rng.integers(0, 3, (8, 257)), 1) % 64 for _ in range(steps)]
+        mx.random.seed(0)
+        model = init_weights(Model(c))
+        start = time.perf_counter()
+        losses = fit(model, batches, make_optimizer(steps, 3e-3, 2), steps, every=1, report=None)
+        return np.array(losses), (time.perf_counter() - start) / steps
+    mx.disable_compile()
+    curve() # the kernels themselves are compiled
+    ours, k = curve()
+    with kernels("off"): plain, s = curve()
+    mx.enable_compile()
+    return ours, plain, k, s
+
+
+@contextmanager
+def kernels(mode):
+    before = os.environ["XLSTM_METAL_KERNELS"]
+    os.environ["XLSTM_METAL_KERNELS"] = mode
+    try: yield
+    finally: os.environ["XLSTM_METAL_KERNELS"] = before
+
+
+PARTS = "norm", "step", "sequence", "gradient", "conv", "decode", "training"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS))
     parser.add_argument("--quick", action="store_true", help="small sizes only")
     args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS): parser.error(f"there is no part {', '.join(sorted(unknown))}")
+    parts = args.parts or PARTS
     where = metal.backend()
     if where is None: sys.exit("there is no GPU that MLX can use; XLSTM_METAL_KERNELS=host runs the kernels on the CPU")
     print(f"kernels on: {where}, {mx.device_info().get('device_name', mx.default_device())}, MLX {mx.__version__}")
-    print(f"{'':<32}{'kernel err':>11}{'plain err':>11}{'kernel ms':>11}{'plain ms':>11}{'speed-up':>10}")
+    print(f"{'':<34}{'kernel err':>11}{'plain err':>11}{'kernel ms':>11}{'plain ms':>11}{'speed-up':>10}")
     failed = 0
-    for name, kernel, plain, exact, make, bound in cases(args.quick):
-        x = make()
-        want = exact(*x)
-        e, p = error(kernel(*x), want), error(plain(*x), want)
-        k, s = seconds(kernel, x), seconds(plain, x)
-        bad = not e < bound
-        print(f"{name:<32}{e:>11.1e}{p:>11.1e}{1e3 * k:>11.3f}{1e3 * s:>11.3f}{s / k:>10.2f}{'  FAIL' if bad else ''}", flush=True)
+    for part, name, kernel, plain, exact, make, bound, whole in cases(args.quick):
+        if part not in parts: continue
+        x, errors, bad = make(), "", False
+        if exact is not None:
+            e, p = error(kernel(*x), want := exact(*x)), error(plain(*x), want)
+            errors, bad = f"{e:>11.1e}{p:>11.1e}", not e < bound
+        k, s = seconds(kernel, make, whole), seconds(plain, make, whole)
+        print(f"{name:<34}{errors:>22}{1e3 * k:>11.3f}{1e3 * s:>11.3f}{s / k:>10.2f}{'  FAIL' if bad else ''}", flush=True)
         failed += bad
+        mx.clear_cache()
+    if "decode" in parts:
+        for name, k, s in decode(args.quick): print(f"{name:<34}{'':>22}{1e3 * k:>11.3f}{1e3 * s:>11.3f}{s / k:>10.2f}", flush=True)
+    if "training" in parts:
+        ours, plain, k, s = training(args.quick)
+        far = np.abs(ours - plain).max()
+        print(f"{'small model, a training step':<34}{'':>22}{1e3 * k:>11.3f}{1e3 * s:>11.3f}{s / k:>10.2f}")
+        print("losses with kernels:", *(f"{x:.4f}" for x in ours[::max(1, len(ours) // 8)]))
+        print("losses without:     ", *(f"{x:.4f}" for x in plain[::max(1, len(plain) // 8)]), f"(furthest apart {far:.0e})")
+        failed += not far < 1e-2
     return int(failed > 0)
 
 

@@ -1,24 +1,30 @@
 "Kernels in whole models, and as CUDA where its compiler is at hand."
+import os
 import re
 import shutil
 import subprocess
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm.models.cache import ArraysCache
 
 import xlstm_metal as xm
 from xlstm_metal import metal
+from xlstm_metal.blocks import norms, sequence_gradients, sequence_kernels, step_kernel
 from xlstm_metal.generation.generate import Sampling, tokens
 from xlstm_metal.generation.state import State
 from xlstm_metal.metal import source
 from xlstm_metal.model.config import xLSTMConfig
 from xlstm_metal.model.xlstm import Model
-from xlstm_metal.train.train import fit, init_weights, make_optimizer
+from xlstm_metal.train.train import fit, init_weights, lm_loss, make_optimizer
 
 KERNELS = Path(__file__).parents[1] / "kernels"
+LAUNCHED = {k for m in (norms, step_kernel, sequence_kernels, sequence_gradients) for k in vars(m).values() if isinstance(k, metal.Kernel)}
 # name -> inputs by type, outputs, constants: what a CUDA compiler must be told
 TYPES = {
     "soft_cap": (dict(x="float", cap="float"), dict(y="float"), {}),
@@ -29,8 +35,19 @@ TYPES = {
                         dict(h="float", C_out="float", n_out="float", m_out="float"), dict(SLICES=8, ROWS=32)),
     "mlstm_chunk_state": (dict(k="__nv_bfloat16", v="__half", i="float", log_f="float", C="float", n="float", m="float"),
                           dict(states="float", totals="float", scales="float"), {}),
-    "mlstm_chunk_output": (dict(q="__nv_bfloat16", k="__half", v="float", i="float", log_f="float", states="float", totals="float", scales="float",
-                                numbers="float"), dict(h="float"), {}),
+    "mlstm_chunk_weights": (dict(q="__nv_bfloat16", k="__half", i="float", log_f="float", totals="float", scales="float", numbers="float"),
+                            dict.fromkeys(["weights", "marks", "carries", "dens", "signs", "stays"], "float"), {}),
+    "mlstm_chunk_output": (dict(x="__nv_bfloat16", w="float", y="__half", states="float", a="float", dens="float"), dict(out="float"), dict(TURN=1)),
+    "mlstm_chunk_state_grad": (dict(q="__nv_bfloat16", dnum="float", dden="float", carries="float", log_f="float", scales="float", states="float",
+                                    totals="float", dC="float", dn="float"), dict(dstates="float", dtotals="float", kept="float"), {}),
+    "mlstm_chunk_weights_grad": (dict(v="__half", dnum="float", dden="float", weights="float", i="float", log_f="float", marks="float", numbers="float"),
+                                 dict(dweights="float", di="float", dlog_f="float"), {}),
+    "mlstm_chunk_input_grad": (dict(x="float", one="float", states="float", totals="float", a="float", w="float", y="__nv_bfloat16", own="__half"),
+                               dict(out="float", dots="float"), dict(TURN=0)),
+    "causal_conv1d": (dict(x="__nv_bfloat16", w="float", b="__half", state="__nv_bfloat16"), dict(y="__nv_bfloat16", kept="__nv_bfloat16"),
+                      dict(K=4, T="__nv_bfloat16")),
+    "causal_conv1d_grad": (dict(x="__half", w="float", state="__half", dy="__half", dkept="__half"),
+                           dict(dx="__half", dstate="float", dw="float", db="float"), dict(K=4, T="__half")),
     "head_norm_gate": (dict(h="float", o="__nv_bfloat16", w="__nv_bfloat16", b="__nv_bfloat16", eps="float"), dict(y="__nv_bfloat16"),
                        dict(T="__nv_bfloat16", BIAS=1)),
     "head_norm_gate_grad": (dict(h="float", o="__half", w="__half", b="__half", eps="float", dy="__half"),
@@ -63,9 +80,33 @@ def test_training_with_kernels_is_the_same_curve(host, monkeypatch):
         batches = (rng.integers(0, 40, (2, 71)) for _ in range(6))
         return fit(init_weights(Model(c)), batches, make_optimizer(6, 1e-2, 2), 6, every=1, report=None)
     with_kernels = curve()
-    assert metal.kernel_report()["mlstm_chunk_output"]["host"] == 2 * 6 and metal.kernel_report()["head_norm_gate_grad"]["host"] == 2 * 6
+    assert metal.kernel_report()["mlstm_chunk_output"]["host"] == 2 * 6 * 2 and metal.kernel_report()["head_norm_gate_grad"]["host"] == 2 * 6
     monkeypatch.setenv("XLSTM_METAL_KERNELS", "off")
     assert np.allclose(with_kernels, curve(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("what", ["step", "few tokens", "chunks", "masked", "training"])
+def test_no_host_synchronisation(what, monkeypatch):
+    "As on a GPU, but with launches that compute nothing: a trace of MLX stops at whatever wants a value."
+    def launch(inputs, output_shapes, output_dtypes, **how): return [mx.zeros(s, t) for s, t in zip(output_shapes, output_dtypes)]
+    monkeypatch.setattr(metal, "backend", lambda: "cuda")
+    monkeypatch.setattr(metal, "compile_kernel", lambda kernel, text, where: launch)
+    metal.ran.clear()
+    model = init_weights(Model(xLSTMConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_heads=2)))
+    for k in LAUNCHED: monkeypatch.setattr(k, "compiled", {})
+    ids = mx.array(np.random.default_rng(0).integers(0, 40, (2, {"step": 1, "few tokens": 5}.get(what, 70))))
+    def forward(ids):
+        cache = [ArraysCache(3, left_padding=[0, 3]) for _ in model.layers] if what == "masked" else model.make_cache()
+        return model(ids, cache), *(a for slot in cache for a in slot.cache)
+    f = nn.value_and_grad(model, partial(lm_loss, model)) if what == "training" else forward
+    mx.enable_compile()
+    try:
+        mx.compile(f)(ids)
+        with pytest.raises(ValueError, match="Attempting to eval"): mx.compile(lambda x: x * x.max().item())(ids)
+    finally:
+        if os.environ.get("MLX_DISABLE_COMPILE"): mx.disable_compile()
+    expected = {"step": "mlstm_step", "few tokens": "mlstm_recurrent", "training": "mlstm_chunk_input_grad"}.get(what, "mlstm_chunk_output")
+    assert "cuda" in metal.kernel_report()[expected]
 
 
 def test_every_kernel_is_known_here():

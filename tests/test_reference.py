@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 
-from xlstm_metal.blocks.sequence_kernels import mlstm_chunkwise_dispatch
+from xlstm_metal.blocks.sequence_gradients import mlstm_chunkwise_dispatch
 from xlstm_metal.blocks.chunkwise import mlstm_chunkwise
 from xlstm_metal.blocks.recurrent import mlstm_parallel, mlstm_recurrent
 from xlstm_metal.generation.generate import Sampling, tokens

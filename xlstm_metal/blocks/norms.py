@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['forward_kernel', 'backward_kernel', 'RMSNorm', 'MultiHeadNorm', 'head_norm', 'head_norm_gate_plain', 'rows_of',
-           'fused_norm_gate', 'head_norm_gate']
+           'fused_norm_gate', 'head_norm_gate', 'norm_agrees']
 
 # %% ../../nbs/blocks/10_norms.ipynb #c2c9702e
 from math import gcd
 import mlx.core as mx
 import mlx.nn as nn
-from ..metal import Kernel
+from ..metal import Kernel, agree, samples
 
 # %% ../../nbs/blocks/10_norms.ipynb #4ab9b0a3
 class RMSNorm(nn.Module):
@@ -99,3 +99,8 @@ def head_norm_gate(h, o, w, b=None, eps=1e-6):
     "`head_norm_gate_plain` by kernel where kernels run, else plain."
     if forward_kernel.use() is None: return head_norm_gate_plain(h, o, w, b, eps)
     return fused_norm_gate(eps, b is not None)(h, o, w, w if b is None else b)
+
+def norm_agrees() -> bool:
+    def flat(f): return lambda *a: [f(*a)]
+    return agree(flat(head_norm_gate), flat(head_norm_gate_plain), samples((1, 2, 5, 33), (1, 5, 66), (66,), (66,)))
+forward_kernel.trial = norm_agrees
