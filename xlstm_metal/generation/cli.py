@@ -161,13 +161,19 @@ def listen(pieces) -> tuple[str, list[int]]: # what was shown, and the ids that 
     return answer, ids
 
 # %% ../../nbs/generation/43_cli.ipynb #4fd8e348
-def chain(c, style: str = "unicode") -> str: # an `xLSTMConfig`
+def chain(c, style: str = "unicode") -> str: # settings of either family
     "A model as a chain of blocks, in text."
-    down, bar = ("↓", "─") if style == "unicode" else ("v", "-")
-    NH, qk, v = c.num_heads, c.qk_dims // c.num_heads, c.v_dims // c.num_heads
-    nodes = [f"ids {bar * 2} embeddings {c.vocab_size} x {c.hidden_size}"]
-    nodes += [f"block {b} {bar * 2} mLSTM {NH} heads {qk} x {v}, FFN {c.ffn_dims}"
-              for b in range(c.num_hidden_layers)]
-    head = "the embeddings again" if c.tie_word_embeddings else "lm_head"
-    nodes += ["out_norm"] * c.add_out_norm + [f"{head} {bar * 2} logits {c.vocab_size}"]
+    down, bar = ("↓", "──") if style == "unicode" else ("v", "--")
+    if hasattr(c, "block_map"):
+        size, DH = c.inner_dims // c.mlstm_heads, c.embedding_dim // c.slstm_heads
+        kinds = f"mLSTM {c.mlstm_heads} heads {size} x {size}", f"sLSTM {c.slstm_heads} heads {DH}, FFN {c.ffn_dims}"
+        blocks, norm = [kinds[kind] for kind in c.block_map], ["post_blocks_norm"] * c.add_post_blocks_norm
+    else:
+        NH, qk, v = c.num_heads, c.qk_dims // c.num_heads, c.v_dims // c.num_heads
+        blocks = [f"mLSTM {NH} heads {qk} x {v}, FFN {c.ffn_dims}"] * c.num_hidden_layers
+        norm = ["out_norm"] * c.add_out_norm
+    nodes = [f"block {b} {bar} {what}" for b, what in enumerate(blocks)] + norm
+    if c.vocab_size:
+        head = "the embeddings again" if c.tie_word_embeddings else "lm_head"
+        nodes = [f"ids {bar} embeddings {c.vocab_size} x {c.hidden_size}", *nodes, f"{head} {bar} logits {c.vocab_size}"]
     return f"\n  {down}\n".join(nodes)

@@ -47,6 +47,11 @@ class xLSTMConfig:
     def ffn_dims(self) -> int:
         return round_up(self.hidden_size * self.ffn_proj_factor, self.ffn_round_up_to_multiple_of)
 
+    @property
+    def state_bytes(self) -> int: # of a sequence, float32
+        keys, values = self.qk_dims // self.num_heads, self.v_dims // self.num_heads
+        return 4 * self.num_hidden_layers * self.num_heads * (keys * (values + 1) + 1)
+
     @classmethod
     def from_dict(cls, d: dict): return parse_config(d)
     def to_dict(self) -> dict: return config_dict(self)
