@@ -28,6 +28,7 @@ test: .venv/dev         ## a fresh export changes nothing; notebooks; pytest
 
 parity: .venv-parity/run ## live against transformers and NX-AI's package
 	.venv-parity/bin/python tests/parity.py
+	MLX_DISABLE_COMPILE=1 .venv-parity/bin/python -m pytest tests/test_convert.py
 
 docs: .venv/dev build/npm/node_modules/katex ## the site, in build/docs
 	rm -rf build/docs-src build/docs

@@ -1,6 +1,6 @@
 """The kernels on this machine's GPU: how far from float64, and how fast against the plain form.
 
-    python tests/gpu.py [norm] [step] [sequence] [gradient] [conv] [decode] [training] [--quick]
+    python tests/gpu.py [norm] [step] [sequence] [gradient] [conv] [slstm] [decode] [training] [--quick]
 
 Without names all parts. A row is a kernel and a size: worst relative error of the kernel and of the plain form against float64 on
 the same inputs, and the time of both (ten calls in flight together, median over rounds, compiled except for chunks). Exits with 1
@@ -26,6 +26,7 @@ from xlstm_metal.blocks.conv import conv_fused, conv_plain  # noqa: E402
 from xlstm_metal.blocks.norms import head_norm_gate, head_norm_gate_plain  # noqa: E402
 from xlstm_metal.blocks.recurrent import mlstm_step  # noqa: E402
 from xlstm_metal.blocks.sequence_gradients import mlstm_chunkwise_dispatch  # noqa: E402
+from xlstm_metal.blocks.slstm import slstm_loop, slstm_sequence  # noqa: E402
 from xlstm_metal.blocks.step_kernel import mlstm_step_dispatch  # noqa: E402
 from xlstm_metal.model.config import xLSTMConfig  # noqa: E402
 from xlstm_metal.model.xlstm import Model  # noqa: E402
@@ -141,6 +142,34 @@ def gradient64(q, k, v, i, f, state):
         return [np.array(g) for g in gradient(definition)(*wide[:5], tuple(wide[5:]))]
 
 
+def slstm_case(B, NH, S, DH, dtype=None, seed=0):
+    r = np.random.default_rng(seed)
+    a = lambda *s, mean=0., std=1.: mx.array((mean + std * r.normal(size=s)).astype(np.float32))
+    return a(B, NH, S, 4, DH), a(NH, 4, DH, DH, std=DH**-.5), a(NH, 4, DH, mean=1), (*(a(B, NH, DH) for _ in range(2)), 1 + mx.abs(a(B, NH, DH)), a(B, NH, DH))
+
+
+def slstm64(x, R, b, state):
+    x, R, b, y, c, n, m = (np.array(a, np.float64) for a in (x, R, b, *state))
+    ys = []
+    for t in range(x.shape[2]):
+        i, f, z, o = np.moveaxis(x[:, :, t] + np.einsum("bhe,hgde->bhgd", y, R) + b, 2, 0)
+        log_f = -np.logaddexp(0, -f)
+        m1 = np.maximum(log_f + m, i)
+        F, I, m = np.exp(log_f + m - m1), np.exp(i - m1), m1
+        c, n = F * c + I * np.tanh(z), F * n + I
+        y = c / n / (1 + np.exp(-o))
+        ys.append(y)
+    return [np.stack(ys, 2), y, c, n, m]
+
+
+def slstm_gradient(form):
+    def f(x, R, b, state):
+        def flat_form(*a): return flat(form(*a[:3], tuple(a[3:])))
+        outs = [x[..., 0, :], *state]
+        return mx.vjp(flat_form, [x, R, b, *state], [mx.cos(mx.arange(a.size, dtype=mx.float32)).reshape(a.shape) for a in outs])[1]
+    return f
+
+
 def flat(x):
     "All arrays in a nest of tuples and lists."
     return [x] if isinstance(x, mx.array) else [a for part in x for a in flat(part)]
@@ -189,7 +218,12 @@ def cases(quick):
     for sizes in ((2, 3, 70, 24, 40), (1, 2, 150, 65, 130)): yield "gradient", f"gradient {sizes}", *back, partial(cell_case, *sizes, f32), 1e-5, False
     conv = (conv_fused, conv_plain, conv64)
     for sizes in ((2, 9, 5), (3, 100, 130)): yield "conv", f"convolution {sizes}", *conv, partial(conv_case, *sizes, f32), 1e-5, True
+    slstm = (slstm_sequence, slstm_loop, slstm64)
+    for sizes in ((2, 3, 9, 5), (1, 2, 20, 64), (1, 1, 6, 130)): yield "slstm", f"sLSTM {sizes}", *slstm, partial(slstm_case, *sizes), 1e-5, False
     if quick: return
+    for B, NH, S, DH in ((1, 4, 1, 64), (1, 8, 2048, 64), (8, 8, 2048, 64), (1, 4, 2048, 256)):
+        yield "slstm", f"sLSTM {B} x {S}, {NH} heads of {DH}", *slstm, partial(slstm_case, B, NH, S, DH), 1e-5, False
+    yield "slstm", "sLSTM there and back, 8 x 512", *map(slstm_gradient, slstm[:2]), None, partial(slstm_case, 8, 8, 512, 64), 1e-5, False
     for S in (1, 2048): yield "norm", f"7B norm and gate, {S}", *norm, partial(norm_case, 1, 8, S, 512, bf16), 1e-2, True
     for S in (1, 2048): yield "norm", f"RMSNorm of ours and MLX's, {S}", rms, lambda x, w: mx.fast.rms_norm(x, w, 1e-6), rms64, partial(rms_case, S, 4096, bf16), 1e-2, True
     for B in (1, 8, 32): yield "step", f"7B step, batch {B}", *step, partial(cell_case, B, 8, 1, 256, 512, bf16), 1e-5, True
@@ -261,7 +295,7 @@ def kernels(mode):
     finally: os.environ["XLSTM_METAL_KERNELS"] = before
 
 
-PARTS = "norm", "step", "sequence", "gradient", "conv", "decode", "training"
+PARTS = "norm", "step", "sequence", "gradient", "conv", "slstm", "decode", "training"
 
 
 def main():

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['bundled', 'hub_id', 'patterns', 'width', 'dtypes', 'CheckpointError', 'resolve', 'hub_errors', 'Tensor',
-           'weight_files', 'numbers', 'check_sequence', 'read_headers', 'read_json', 'read_config', 'structure',
-           'check_structure', 'check_names', 'more', 'load', 'as_dtype', 'build', 'load_file', 'Info', 'info', 'nbytes',
-           'count', 'headers', 'remote_headers', 'human', 'table', 'sizes_of']
+           'weight_files', 'numbers', 'check_sequence', 'read_headers', 'read_json', 'settings_file', 'parse_settings',
+           'read_config', 'structure', 'check_structure', 'check_names', 'more', 'load', 'as_dtype', 'build',
+           'load_file', 'Info', 'info', 'nbytes', 'count', 'headers', 'remote_headers', 'human', 'table', 'sizes_of']
 
 # %% ../../nbs/model/34_checkpoint.ipynb #c85c19ad
 import json, re
@@ -137,17 +137,25 @@ def read_json(f: Path) -> dict:
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise CheckpointError(f"{f} is not valid JSON ({e})") from e
 
-def read_config(folder: Path) -> tuple[xLSTMConfig, str]: # and the name of the file
+def settings_file(folder: Path) -> Path:
     "config.json, or the config.yaml of NX-AI's own package."
-    if (f := folder / "config.json").exists(): d = read_json(f)
-    elif (f := folder / "config.yaml").exists():
+    for f in (folder / "config.json", folder / "config.yaml"):
+        if f.exists(): return f
+    raise CheckpointError(f"{folder} holds no config.json and no config.yaml")
+
+def parse_settings(f: Path) -> tuple[dict, xLSTMConfig | xLSTMStackConfig]: # as written, and as understood
+    if f.suffix == ".json": d = read_json(f)
+    else:
         import yaml
         try: d = yaml.safe_load(f.read_text(encoding="utf-8"))
-        except yaml.YAMLError as e: raise CheckpointError(f"{f} is not valid YAML") from e
-    else: raise CheckpointError(f"{folder} holds no config.json and no config.yaml")
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise CheckpointError(f"{f} is not valid YAML") from e
     if not isinstance(d, dict): raise CheckpointError(f"{f} is not a dictionary of settings")
-    try: return (parse_stack_config if is_stack(d) else parse_config)(d), f.name
+    try: return d, (parse_stack_config if is_stack(d) else parse_config)(d)
     except ValueError as e: raise CheckpointError(f"{f}: {e}") from e
+
+def read_config(folder: Path) -> tuple[xLSTMConfig | xLSTMStackConfig, str]: # and the name of the file
+    f = settings_file(folder)
+    return parse_settings(f)[1], f.name
 
 # %% ../../nbs/model/34_checkpoint.ipynb #e59aaae9
 def structure(
