@@ -7,8 +7,10 @@ Prints one row per configuration and exits with 1 if any is out of its limits: f
 loss 1e-5, gradients 1e-3 of each tensor's largest entry, greedy tokens identical. In the rows of cells the column of
 logits is h over 1 + |h|, and the references work in float64. A bfloat16 model has no exact answer: its logits may be
 twice as far from the fp32 reference as those of transformers' own bfloat16 model, its fp32 states no further.
+Rows of stacks are the first paper's models (`xlstm.xLSTMLMModel`), held against its full pass and against its steps.
 """
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -31,6 +33,7 @@ from safetensors.torch import save_file  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from fixtures.make import hf_gradients, hf_greedy, hf_model, hf_run, randomise, xLSTMForCausalLM  # noqa: E402
+from fixtures.make import stack_gradients, stack_greedy, stack_model, stack_steps  # noqa: E402
 
 import xlstm_metal as xm  # noqa: E402
 from xlstm_metal.blocks.chunkwise import mlstm_chunkwise  # noqa: E402
@@ -62,7 +65,7 @@ def relative(ours, theirs, floor=1e-12):
 
 @dataclass
 class Answer:
-    "What a reference computes from `ids`."
+    "What a reference computes from `ids`, which are vectors where there is no vocabulary."
     ids: torch.Tensor
     logits: torch.Tensor
     states: list
@@ -70,6 +73,8 @@ class Answer:
     prompt: int = 0
     loss: torch.Tensor | None = None
     grads: dict = field(default_factory=dict)
+    steps: torch.Tensor | None = None  # logits of its own token-by-token form
+    weights: torch.Tensor | None = None  # the loss is their weighted mean of the output instead of a cross entropy
 
 
 @dataclass
@@ -163,6 +168,87 @@ def xlstm_files(folder, model, files, store=None):
     (Path(folder) / "config.yaml").write_text(yaml.safe_dump(asdict(model.config)))
 
 
+def stack_case(folder, seed, batch, length, vocab=None, context=None, store=None, backend="vanilla", files=1,
+               suffix="json", short=False, head=True, **sizes):
+    """A folder with one of NX-AI's models of the first paper and what that model computes, at once and step by step.
+
+    `context` is the longest sequence its full pass reads: beyond it a twin without that limit gives the full pass and
+    the gradients. `short` writes only the settings that were asked for, as a person would."""
+    build = lambda context: stack_model(seed, vocab_size=vocab, context_length=context, **sizes)
+    model = full = build(context or length)
+    if store: model.to(store).float()  # rounded in place: the reference computes in fp32 on the stored weights
+    if context and context < length:
+        full = build(length)
+        full.load_state_dict(model.state_dict())
+    tensors = {name: t.clone() for name, t in model.state_dict().items() if head or name != "lm_head.weight"}
+    if backend == "cuda": tensors |= cuda_layout(model)
+    stack_files(folder, tensors, settings(model, vocab, backend, short, sizes), files, suffix, store)
+
+    draw = torch.Generator().manual_seed(seed + 1)
+    if vocab: ids = tokens(seed + 1, vocab, batch, length)
+    else: ids = torch.randn(batch, length, model.config.embedding_dim, generator=draw)
+    steps, state = stack_steps(model, ids)
+    with torch.no_grad():
+        answer = Answer(ids, full(ids), stack_states(state, model.config), steps=steps)
+    answer.prompt = max(1, length - STEPS)
+    if vocab: answer.greedy = stack_greedy(model, ids[:, :answer.prompt], STEPS)
+    else: answer.weights = torch.randn(steps.shape, generator=draw)
+    if length > 1 or not vocab:
+        answer.loss, grads = stack_gradients(full, ids, answer.weights)
+        ours = {"_recurrent_kernel_": "recurrent_kernel", "_bias_": "bias"}
+        answer.grads = {".".join(ours.get(part, part) for part in name.split(".")): g for name, g in grads.items()}
+    return answer
+
+
+def settings(model, vocab, backend, short, sizes):
+    "What the config file of a stack says."
+    if not short:
+        said = asdict(model.config)
+        if said["slstm_block"]: said["slstm_block"]["slstm"]["backend"] = backend
+        return said
+    mlstm, slstm, feedforward = (sizes.get(kind) for kind in ("mlstm", "slstm", "feedforward"))
+    said = {name: x for name, x in sizes.items() if name not in ("blocks", "mlstm", "slstm", "feedforward")}
+    if vocab: said["vocab_size"] = vocab
+    if mlstm is not None: said["mlstm_block"] = {"mlstm": mlstm}
+    if slstm is not None: said["slstm_block"] = {"slstm": slstm, "feedforward": feedforward or {}}
+    at = [n for n, kind in enumerate(sizes["blocks"]) if kind == "s"]
+    return said | dict(num_blocks=len(sizes["blocks"]), slstm_at="all" if len(at) == len(sizes["blocks"]) else at)
+
+
+def cuda_layout(model):
+    "Recurrent kernels and their biases as a model on a GPU stores them, turned by the package itself."
+    from xlstm.blocks.slstm.cell import sLSTMCell_cuda
+
+    out = {}
+    for name, cell in model.named_modules():
+        if not name.endswith("slstm_cell"): continue
+        twin = sLSTMCell_cuda(cell.config, skip_backend_init=True)
+        out[f"{name}._recurrent_kernel_"] = twin._recurrent_kernel_ext2int(cell.recurrent_kernel.clone()).detach()
+        out[f"{name}._bias_"] = twin._bias_ext2int(cell.bias.clone()).detach()
+    return out
+
+
+def stack_files(folder, tensors, said, files, suffix, store):
+    "Write config.json or config.yaml, and the weights in so many files: a cell's tensors may lie in two."
+    names = ["model.safetensors"] if files == 1 else [f"model_{n}.safetensors" for n in range(files)]
+    for n, file in enumerate(names):
+        part = {name: tensors[name].to(store or torch.float32).contiguous() for name in list(tensors)[n::files]}
+        save_file(part, Path(folder) / file)
+    (Path(folder) / f"config.{suffix}").write_text((json.dumps if suffix == "json" else yaml.safe_dump)(said))
+
+
+def stack_states(state, config):
+    "NX-AI's states as this package keeps them: C and n of unscaled keys, one input of the convolution less."
+    out = []
+    for block in state.values():
+        kept = () if block["conv_state"] is None else (block["conv_state"][0][:, 1:],)
+        if "mlstm_state" in block:
+            C, n, m = block["mlstm_state"]
+            out.append((C * C.shape[-1] ** 0.5, n[..., 0] * C.shape[-1] ** 0.5, m[..., 0], *kept))
+        else: out.append((*block["slstm_state"].unflatten(-1, (config.slstm_block.slstm.num_heads, -1)), *kept))
+    return out
+
+
 # ---------------------------------------------------------------- this package
 
 def run(model, ids, pieces):
@@ -184,9 +270,10 @@ def greedy(model, prompt, new):
     return mx.concatenate([x.astype(mx.int32) for x in out], 1)
 
 
-def splits(length):
-    "The ways to feed a sequence: at once, and in two uneven pieces with the last tokens one by one."
+def splits(length, one_by_one=False):
+    "The ways to feed a sequence: at once, in two uneven pieces with the last tokens one by one, or all one by one."
     yield "at once", [length]
+    if one_by_one: yield "one by one", [1] * length
     tail = min(STEPS, length - 1)
     head = length - tail
     cut = head * 2 // 3
@@ -199,21 +286,28 @@ def compare(row, folder, answer, dtype=mx.float32, limits=LIMITS):
     assert (tokenizer is None) != (Path(folder) / "tokenizer.json").exists(), "a tokenizer where there is none, or none where there is one"
     ids = to_mx(answer.ids)
     row.put("logits", distance(model(ids), answer.logits), "without cache", limits)
-    for what, pieces in splits(ids.shape[1]):
+    for what, pieces in splits(ids.shape[1], answer.steps is not None):
         logits, states = run(model, ids, pieces)
         row.put("logits", distance(logits, answer.logits), what, limits)
+        if answer.steps is not None: row.put("logits", distance(logits, answer.steps), f"{what} vs steps", limits)
         assert len(states) == len(answer.states), f"{len(states)} states for {len(answer.states)} blocks"
         for block, (ours, theirs) in enumerate(zip(states, answer.states)):
-            for name, a, b in zip("Cnm", ours, theirs):
+            assert len(ours) == len(theirs), f"block {block} has {len(ours)} states for {len(theirs)}"
+            names = ("C", "n", "m", "conv") if theirs[0].ndim == 4 else ("y", "c", "n", "m", "conv")
+            for name, a, b in zip(names, ours, theirs):
                 assert a.dtype == mx.float32, f"state {name} is {a.dtype}"
                 row.put("state", distance(a, b), f"{name} of block {block} {what}", limits)
     if dtype != mx.float32: return
 
-    row.values["greedy"] = bool((np.array(greedy(model, ids[:, :answer.prompt], STEPS)) == answer.greedy.numpy()).all())
-    if not row.values["greedy"]: row.notes.append("greedy tokens differ")
+    if answer.greedy is not None:
+        same = np.array(greedy(model, ids[:, :answer.prompt], STEPS)) == answer.greedy.numpy()
+        row.values["greedy"] = bool(same.all())
+        if not row.values["greedy"]: row.notes.append("greedy tokens differ")
     if answer.loss is not None:
         model.train()
-        loss, grads = nn.value_and_grad(model, lambda m: lm_loss(m, ids))(model)
+        weighted = lambda m: (m(ids) * to_mx(answer.weights)).mean()
+        objective = weighted if answer.weights is not None else lambda m: lm_loss(m, ids)
+        loss, grads = nn.value_and_grad(model, objective)(model)
         grads = dict(tree_flatten(grads))
         row.put("loss", distance(loss.reshape(1), answer.loss.reshape(1)))
         if different := set(grads) ^ set(answer.grads): row.notes.append(f"parameters differ: {sorted(different)}")
@@ -344,6 +438,56 @@ XLSTM = {
     "caps, no norm":  dict(batch=2, length=64, vocab=30, embedding_dim=48, num_heads=2, num_blocks=2, gate_soft_cap=3.0,
                            output_logit_soft_cap=5.0, add_out_norm=False, norm_eps=1e-4, eps=1e-3),
 }
+STACK = {  # blocks of the first paper: m is mLSTM, s is sLSTM
+    "m": dict(
+        batch=2, length=65, vocab=50, blocks="mm", embedding_dim=48,
+        mlstm=dict(num_heads=3, proj_factor=2.5, qkv_proj_blocksize=8, round_proj_up_to_multiple_of=24)),
+    "s": dict(
+        batch=2, length=63, vocab=50, blocks="ss", embedding_dim=60, mlstm={}, slstm=dict(num_heads=4)),
+    "msm": dict(
+        batch=2, length=130, vocab=64, blocks="msm", embedding_dim=64, mlstm=dict(num_heads=4),
+        slstm=dict(num_heads=4), feedforward=dict(proj_factor=1.3, act_fn="gelu"), context=256),
+    "biases": dict(
+        batch=2, length=64, vocab=40, blocks="sm", embedding_dim=40, mlstm=dict(num_heads=1, qkv_proj_blocksize=16),
+        slstm=dict(num_heads=2), feedforward=dict(bias=True, act_fn="swish", proj_factor=2.0), bias=True),
+    "other taps": dict(
+        batch=2, length=16, vocab=40, blocks="mss", embedding_dim=36, mlstm=dict(conv1d_kernel_size=7),
+        slstm=dict(num_heads=3, conv1d_kernel_size=2), feedforward=dict(act_fn="relu^2")),
+    "no convolution": dict(
+        batch=2, length=33, vocab=40, blocks="smsm", embedding_dim=32, mlstm=dict(conv1d_kernel_size=2),
+        slstm=dict(num_heads=1, conv1d_kernel_size=0), feedforward=dict(act_fn="selu")),
+    "no norm behind": dict(
+        batch=2, length=20, vocab=40, blocks="mms", embedding_dim=32, mlstm=dict(num_heads=2, qkv_proj_blocksize=2),
+        slstm=dict(num_heads=2), add_post_blocks_norm=False,
+        feedforward=dict(act_fn="relu", round_proj_up_dim_up=False, round_proj_up_to_multiple_of=16)),
+    "tied": dict(
+        batch=2, length=16, vocab=40, blocks="ms", embedding_dim=32, tie_weights=True, head=False,
+        mlstm=dict(round_proj_up_dim_up=False, proj_factor=2.7), slstm={}, feedforward=dict(act_fn="sigmoid")),
+    "tied, head kept": dict(
+        batch=2, length=15, vocab=40, blocks="m", embedding_dim=32, tie_weights=True,
+        mlstm=dict(qkv_proj_blocksize=1)),
+    "all": dict(
+        batch=2, length=40, vocab=40, blocks="sss", embedding_dim=30, slstm=dict(num_heads=2),
+        feedforward=dict(proj_factor=1.7), short=True, suffix="yaml"),
+    "short config": dict(
+        batch=3, length=31, vocab=40, blocks="mmsm", embedding_dim=32, mlstm={}, slstm={}, feedforward={},
+        short=True, suffix="yaml"),
+    "one token": dict(
+        batch=2, length=1, vocab=40, blocks="sm", embedding_dim=32, mlstm={}, slstm=dict(num_heads=2)),
+    "cuda layout": dict(
+        batch=2, length=50, vocab=40, blocks="sms", embedding_dim=48, mlstm={}, slstm=dict(num_heads=3),
+        backend="cuda", files=5),
+    "bare": dict(
+        batch=2, length=48, blocks="msm", embedding_dim=40, mlstm={}, slstm=dict(num_heads=2)),
+    "bare, no norm": dict(
+        batch=2, length=24, blocks="sm", embedding_dim=40, mlstm={}, slstm={}, bias=True,
+        add_post_blocks_norm=False, backend="cuda"),
+    "past its context": dict(
+        batch=2, length=100, vocab=40, blocks="smm", embedding_dim=48, mlstm={}, slstm=dict(num_heads=2), context=24),
+    "bf16 file": dict(
+        batch=2, length=65, vocab=40, blocks="ms", embedding_dim=32, mlstm={}, slstm=dict(num_heads=2),
+        store=torch.bfloat16),
+}
 CELLS = {
     "odd sizes":      dict(batch=2, heads=3, length=70, dqk=8, dv=12, chunk=16),
     "one token":      dict(batch=3, heads=2, length=1, dqk=5, dv=7, chunk=16),
@@ -378,6 +522,27 @@ def draw_sizes(rng, family):
         return sizes | dict(hidden_size=width, num_hidden_layers=blocks, shard=pick(None, "200KB"))
     return sizes | dict(embedding_dim=width, num_blocks=blocks, files=pick(1, 2), add_out_norm=pick(True, False),
                         weight_mode=pick("single", "fused"))
+
+
+def draw_stack(rng, kind):
+    "A random stack of mLSTM blocks (m), of sLSTM blocks (s), or of both."
+    pick = lambda *choices: choices[rng.integers(len(choices))]
+    some = kind * int(rng.integers(1, 4)) if kind in ("m", "s") else "ms" + pick("", "m", "s", "ms")
+    heads, mheads, qkv = (int(n) for n in (pick(1, 2, 3, 4), pick(1, 2, 3, 4), pick(1, 2, 4, 8)))
+    width, unit = heads * int(rng.integers(12 // heads, 20)), mheads * qkv * pick(1, 2)  # upstream rounds sizes to units
+    round_mlstm, round_ffn = (dict(proj_factor=round(float(rng.uniform(1, 3)), 3), round_proj_up_to_multiple_of=to,
+                                   round_proj_up_dim_up=pick(True, to > width)) for to in (unit, pick(1, 8, 64)))
+    bare, length = pick(True, False, False, False), pick(1, 2, 15, 63, 64, 65, 100, int(rng.integers(2, 100)))
+    sizes = dict(
+        batch=int(rng.integers(1, 4)), length=length, blocks="".join(rng.permutation(list(some))), embedding_dim=width,
+        vocab=None if bare else int(rng.integers(16, 120)), context=pick(None, 128, max(1, length // 3)),
+        mlstm=dict(num_heads=mheads, qkv_proj_blocksize=qkv, conv1d_kernel_size=pick(4, 4, 2, 3, 5), **round_mlstm),
+        slstm=dict(num_heads=heads, conv1d_kernel_size=pick(4, 4, 0, 2, 3)), bias=pick(False, True),
+        feedforward=dict(act_fn=pick("gelu", "relu", "relu^2", "sigmoid", "swish", "selu"), bias=pick(False, True),
+                         **round_ffn),
+        add_post_blocks_norm=pick(True, True, False), store=pick(None, None, torch.bfloat16), files=pick(1, 3),
+        backend=pick("vanilla", "cuda"), suffix=pick("json", "yaml"), short=pick(False, True))
+    return sizes if bare else sizes | pick({}, dict(tie_weights=True), dict(tie_weights=True, head=False))
 
 
 def model_row(row, folder, make, seed):
@@ -415,6 +580,11 @@ def cell_row(row, folder, seed):
 def sizes_text(sizes):
     "D heads x blocks, vocabulary and chunk of a model, or the sizes of a cell."
     if "dqk" in sizes: return "B{batch} NH{heads} {dqk}x{dv} chunk {chunk}".format(**sizes)
+    if "blocks" in sizes:
+        parts = [sizes[kind] for kind in ("mlstm", "slstm") if sizes.get(kind) is not None]
+        heads = "/".join(str(part.get("num_heads", 4)) for part in parts)
+        vocab = f" V{sizes['vocab']}" if sizes.get("vocab") else ""
+        return "B{batch} D{embedding_dim} H{heads} {blocks}".format(heads=heads, **sizes) + vocab
     width = sizes.get("hidden_size") or sizes.get("embedding_dim")
     blocks = sizes.get("num_hidden_layers") or sizes.get("num_blocks")
     return f"B{sizes['batch']} D{width} H{sizes['num_heads']} L{blocks} V{sizes['vocab']} chunk {sizes.get('chunk_size', 64)}"
@@ -427,6 +597,9 @@ def rows(seed, draws):
     for family, make, table in (("transformers", hf_case, HF), ("xlstm", xlstm_case, XLSTM)):
         for name, sizes in {**table, **{f"drawn {n}": draw_sizes(rng, family) for n in range(draws)}}.items():
             yield Row(f"{family} {name}", sizes), partial(model_row, make=make, seed=own(name))
+    kinds = [(kind, n) for kind in ("m", "s", "mixed") for n in range(draws)]
+    for name, sizes in {**STACK, **{f"drawn {kind} {n}": draw_stack(rng, kind) for kind, n in kinds}}.items():
+        yield Row(f"stack {name}", sizes), partial(model_row, make=stack_case, seed=own(name))
     yield Row("transformers bundled", BUNDLED), partial(bundled_row, seed=own("bundled"))
     yield Row("transformers bf16", BF16), partial(bf16_row, seed=own("bf16"))
     for name, sizes in CELLS.items():

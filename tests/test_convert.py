@@ -90,7 +90,7 @@ def test_nxai_reads_a_stack(tmp_path, recurrent):
     assert mx.array_equal(logits(again), logits(folders[0]))
     if recurrent == "cuda": return # needs CUDA
     import yaml
-    c = from_dict(xlstm.xLSTMLMModelConfig, yaml.safe_load((out / "config.yaml").read_text()), Config(strict=False))
+    c = from_dict(xlstm.xLSTMLMModelConfig, yaml.safe_load((out / "config.yaml").read_text()), Config(check_types=False))
     theirs = xlstm.xLSTMLMModel(c)
     theirs.load_state_dict(state_dict(out))
     with torch.no_grad(): want = theirs.eval()(torch.tensor([[1, 5, 7, 2, 9]])).numpy()

@@ -15,16 +15,18 @@ from mlx_lm.models.cache import ArraysCache
 
 import xlstm_metal as xm
 from xlstm_metal import metal
-from xlstm_metal.blocks import norms, sequence_gradients, sequence_kernels, step_kernel
+from xlstm_metal.blocks import conv, norms, sequence_gradients, sequence_kernels, slstm, step_kernel
+from xlstm_metal.blocks.chunkwise import mlstm_chunkwise
 from xlstm_metal.generation.generate import Sampling, tokens
 from xlstm_metal.generation.state import State
+from xlstm_metal.host import run
 from xlstm_metal.metal import source
 from xlstm_metal.model.config import xLSTMConfig
 from xlstm_metal.model.xlstm import Model
 from xlstm_metal.train.train import fit, init_weights, lm_loss, make_optimizer
 
 KERNELS = Path(__file__).parents[1] / "kernels"
-LAUNCHED = {k for m in (norms, step_kernel, sequence_kernels, sequence_gradients) for k in vars(m).values() if isinstance(k, metal.Kernel)}
+LAUNCHED = {k for m in (conv, norms, step_kernel, sequence_kernels, sequence_gradients, slstm) for k in vars(m).values() if isinstance(k, metal.Kernel)}
 # name -> inputs by type, outputs, constants: what a CUDA compiler must be told
 TYPES = {
     "soft_cap": (dict(x="float", cap="float"), dict(y="float"), {}),
@@ -112,6 +114,47 @@ def test_no_host_synchronisation(what, monkeypatch):
         if os.environ.get("MLX_DISABLE_COMPILE"): mx.disable_compile()
     expected = {"step": "mlstm_step", "few tokens": "mlstm_recurrent", "training": "mlstm_chunk_input_grad"}.get(what, "mlstm_chunk_output")
     assert "cuda" in metal.kernel_report()[expected]
+
+
+@pytest.fixture
+def as_if_metal(monkeypatch):
+    "Kernels are asked for as on a Mac, and run on the host."
+    def compile_on_host(kernel, text, where):
+        def launch(inputs, output_shapes, output_dtypes, grid, threadgroup, template):
+            outputs = dict(zip(kernel.outputs, zip(output_shapes, output_dtypes)))
+            return run(kernel.name, text, dict(zip(kernel.inputs, inputs)), outputs, grid, threadgroup, dict(template))
+        return launch
+    monkeypatch.setattr(metal, "backend", lambda: "metal")
+    monkeypatch.setattr(metal, "compile_kernel", compile_on_host)
+    for k in LAUNCHED:
+        monkeypatch.setattr(k, "compiled", {})
+        monkeypatch.setattr(k, "agreed", None)
+    metal.ran.clear()
+
+
+def test_kernels_are_tried_once_on_a_mac(as_if_metal):
+    tried = [k for k in LAUNCHED if k.trial]
+    assert {k.name for k in tried} == {"head_norm_gate", "mlstm_step", "mlstm_recurrent", "mlstm_chunk_state", "causal_conv1d", "slstm_sequence"}
+    assert all(k.use() == "metal" for k in tried)
+    before = metal.kernel_report()
+    assert {name for name, ran in before.items() if "metal" in ran} == {k.name for k in LAUNCHED} # trials launch every kernel
+    assert all(k.use() == "metal" for k in tried) and metal.kernel_report() == before
+
+
+@pytest.mark.parametrize("name, old, new", [("mlstm_chunk_input_grad", "l < length && c < DQK", "l < 7 && c < DQK"), ("mlstm_step", "F * total[j]", "total[j]"),
+                                            ("slstm_sequence", "threadgroup float hidden[DH];", "no such text")])
+def test_a_kernel_that_fails_its_trial_is_not_used(as_if_metal, monkeypatch, name, old, new):
+    text = source(f"{name}.metal")
+    monkeypatch.setitem(metal.live, f"{name}.metal", text.replace(old, new))
+    assert text.count(old) == 1
+    first = {"mlstm_chunk_input_grad": "mlstm_chunk_state"}.get(name, name)
+    kernel = next(k for k in LAUNCHED if k.name == first)
+    with pytest.warns(UserWarning, match=f"kernel {first} stays unused on this machine"): assert kernel.use() is None
+    assert kernel.use() is None and metal.kernel_report()[first]["plain"] == 2
+    x = mx.random.normal((1, 2, 70, 8))
+    gates = x[..., 0], x[..., 1]
+    with_it, _ = sequence_gradients.mlstm_chunkwise_dispatch(x, x, x, *gates) # and the plain form answers
+    assert mx.allclose(with_it, mlstm_chunkwise(x, x, x, *gates)[0], atol=1e-3)
 
 
 def test_every_kernel_is_known_here():

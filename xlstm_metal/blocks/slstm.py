@@ -35,8 +35,9 @@ def slstm_step(
     "One step of the sLSTM (xLSTM, arXiv 2405.04517, eq. 8-17)."
     B, NH, _, _, DH = x.shape
     old = y, c, n, m = state or empty_slstm_state(B, NH, DH)
-    heard = (y.swapaxes(0, 1) @ R.reshape(NH, 4 * DH, DH).swapaxes(1, 2)).swapaxes(0, 1).reshape(B, NH, 4, DH)
-    i, f, z, o = ((x[:, :, 0] + heard + b)[:, :, g] for g in range(4))
+    heard = y.swapaxes(0, 1) @ R.reshape(NH, 4 * DH, DH).swapaxes(1, 2) # each head its own
+    gates = x[:, :, 0] + heard.swapaxes(0, 1).reshape(B, NH, 4, DH) + b
+    i, f, z, o = (gates[:, :, g] for g in range(4))
     log_f = log_sigmoid(f)
     first = (n == 0).all((1, 2), keepdims=True)
     m1 = mx.where(first, i, mx.maximum(log_f + m, i))
@@ -50,7 +51,8 @@ def slstm_loop(x, R, b, state=None, mask=None):
     "The sLSTM over a sequence, step by step: x (B, NH, S, 4, DH), y (B, NH, S, DH), new state."
     ys = []
     for t in range(x.shape[2]):
-        y, state = slstm_step(x[:, :, t:t + 1], R, b, state, None if mask is None else mask[:, t:t + 1])
+        now = slice(t, t + 1)
+        y, state = slstm_step(x[:, :, now], R, b, state, None if mask is None else mask[:, now])
         ys.append(y)
     return mx.concatenate(ys, 2), state
 
