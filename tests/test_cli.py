@@ -3,6 +3,7 @@ import json
 import os
 import pty
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -11,7 +12,13 @@ import time
 from math import prod
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
+
+from xlstm_metal.generation.cli import main
+from xlstm_metal.model.checkpoint import bundled
+from xlstm_metal.model.stack import parse_stack_config, xLSTMLMModel
 
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 XLSTM = [sys.executable, "-m", "xlstm_metal"]
@@ -176,3 +183,29 @@ def test_chat_on_a_terminal():
     os.write(fd, b"\x03"); until("> ", after=at)
     os.write(fd, b"\x04")           # Ctrl-D: leave
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_stack_in_the_terminal(tmp_path, capsys):
+    "A mixed stack of the first paper: described, converted to the original's layouts and back, and generating the same text."
+    cell = dict(num_heads=4)
+    d = dict(embedding_dim=32, num_blocks=3, vocab_size=4096, slstm_at=[1], bos_token_id=0, mlstm_block=dict(mlstm=cell),
+             slstm_block=dict(slstm=cell, feedforward={}))
+    folder = tmp_path / "stack"
+    folder.mkdir()
+    mx.random.seed(0)
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(xLSTMLMModel(parse_stack_config(d)).parameters())))
+    (folder / "config.json").write_text(json.dumps(d))
+    for f in bundled.glob("tokenizer*"): shutil.copy(f, folder)
+    assert main(["convert", str(folder), f"{folder}2", "--to", "nxai", "--recurrent", "cuda"]) == 0
+    assert main(["convert", f"{folder}2", f"{folder}3"]) == 0
+    capsys.readouterr()
+    texts = []
+    for f in (folder, f"{folder}2", f"{folder}3"):
+        assert main(["generate", "-m", str(f), "-p", "def f(", "--max-tokens", "8"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert len(set(texts)) == 1 and texts[0].startswith("def f(")
+    assert main(["info", "-m", str(folder), "--show-wiring", "--wiring-style", "ascii"]) == 0
+    out = capsys.readouterr().out
+    assert "2 mLSTM, 1 sLSTM (msm)" in out and "block 1 -- sLSTM 4 heads 8, FFN 64" in out
+    assert main(["convert", str(folder), f"{folder}2"]) == 2
+    assert "exists already" in capsys.readouterr().err
