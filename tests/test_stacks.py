@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from xlstm_metal import metal
 from xlstm_metal.generation.generate import Sampling, tokens
 from xlstm_metal.generation.state import State
-from xlstm_metal.model.checkpoint import CheckpointError, load, read_json
+from xlstm_metal.model.checkpoint import CheckpointError, info, load, read_json
 from xlstm_metal.model.stack import is_stack, xLSTMLMModel
 from xlstm_metal.train.train import lm_loss
 
@@ -207,3 +207,14 @@ def test_unexpected_tensor(rewritten):
     folder = rewritten(lambda tensors: tensors.update({name: np.zeros(24, np.float32)}))
     assert refusal(folder) == f"{name} in model.safetensors is not part of the model"
     load(folder, mx.float32, strict=False)
+
+
+def test_a_tied_head_is_counted_once(tmp_path):
+    "Upstream's state dict holds a tied head a second time."
+    config = json.loads((HERE / "stack_tiny/config.json").read_text()) | {"tie_weights": True}
+    weights = mx.load(str(HERE / "stack_tiny/model.safetensors"))
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    i = info(tmp_path)
+    model, _ = load(tmp_path, mx.float32)
+    assert i.parameters == sum(a.size for _, a in tree_flatten(model.parameters())) and "tied" in i.layout

@@ -211,6 +211,7 @@ def check_names(
         for n, a in new.items(): have[n] = (a.shape, t.file)
     want = {n: a.shape for n, a in tree_flatten(model.parameters())}
     if missing := sorted(want.keys() - have.keys()):
+        if model._kernel_shapes: missing = [re.sub(r"slstm_cell\.(.*)", r"slstm_cell._\1_", n) for n in missing]
         raise CheckpointError(f"{missing[0]} is missing from the checkpoint{more(missing)}")
     for n, shape in want.items():
         if (stored := have[n])[0] != shape:
@@ -291,7 +292,9 @@ def info(
     "Describe a checkpoint without loading weights. Raises `CheckpointError`."
     c, source, tensors = headers(path, revision, token)
     check_structure(tensors, c, source)
-    head, stack = "lm_head.weight" in tensors, isinstance(c, xLSTMStackConfig)
+    stack = isinstance(c, xLSTMStackConfig)
+    if stack and c.tie_weights: tensors.pop("lm_head.weight", None) # upstream stores it a second time
+    head = "lm_head.weight" in tensors
     if not stack: c = replace(c, tie_word_embeddings=not head, add_out_norm="backbone.out_norm.weight" in tensors)
     table = [t for n, t in tensors.items()
              if n.startswith(("backbone.embeddings.", "embedding.", "token_embedding."))]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from math import ceil, floor
 import mlx.core as mx
 import mlx.nn as nn
+from ..blocks.ffn import activations
 from ..blocks.mlstm import mLSTMPreUpBlock
 from ..blocks.norms import LayerNorm
 from ..blocks.slstm import sLSTMBlock
@@ -70,7 +71,7 @@ def parse_stack_config(
     d: dict, # from config.json or config.yaml, as upstream's dataclasses write it
 ) -> xLSTMStackConfig: # checked
     "Read upstream's settings; a contradiction or something that is not computed here is a `ValueError`."
-    D = whole(d, "embedding_dim")
+    D = whole(d, "embedding_dim", 128)
     blocks = read_block_map(d)
     c = dict(embedding_dim=D, block_map=blocks, source=d,
              vocab_size=whole(d, "vocab_size") if d.get("vocab_size", -1) not in (-1, None) else None)
@@ -81,15 +82,17 @@ def parse_stack_config(
         m = part(d, "mlstm_block", "mlstm")
         inner = widened(m, D, "mlstm", 2.)
         c |= dict(mlstm_heads=whole(m, "num_heads", 4), qkv_size=whole(m, "qkv_proj_blocksize", 4), inner_dims=inner,
-                  mlstm_kernel_size=whole(m, "conv1d_kernel_size", 4))
+                  mlstm_kernel_size=whole(m, "conv1d_kernel_size", 4, least=2))
         for name, n in (("num_heads", c["mlstm_heads"]), ("qkv_proj_blocksize", c["qkv_size"])):
             if inner % n: raise ValueError(f"mlstm {name} {n} does not divide {inner} inner channels")
     if 1 in blocks:
-        s, f = part(d, "slstm_block", "slstm"), (d["slstm_block"] or {}).get("feedforward")
+        s, f = part(d, "slstm_block", "slstm"), part(d, "slstm_block", "feedforward")
         refuse(s, function="slstm", num_states=4, num_gates=4, gradient_recurrent_cut=False,
                gradient_recurrent_clipval=None, forward_clipval=None, group_norm_weight=True)
-        if not isinstance(f, dict): raise ValueError("slstm_block without feedforward is not computed here")
         refuse(f, ff_type="ffn_gated")
+        if f.get("act_fn", "gelu") not in activations:
+            raise ValueError(f"act_fn must be one of {', '.join(activations)}, not {f['act_fn']!r}")
+        if s.get("conv1d_kernel_size") == 1: raise ValueError("conv1d_kernel_size must be 0 or at least 2, not 1")
         c |= dict(slstm_heads=whole(s, "num_heads", 4), slstm_kernel_size=whole(s, "conv1d_kernel_size", 4, least=0),
                   ffn_dims=widened(f, D, "feedforward", 1.3), act_fn=f.get("act_fn", "gelu"),
                   ffn_bias=bool(f.get("bias")), ffn_dropout=f.get("dropout") or 0.)
@@ -99,10 +102,11 @@ def parse_stack_config(
 # %% ../../nbs/model/32_stack.ipynb #a4d44bae
 def read_block_map(d: dict) -> tuple[int, ...]:
     "Which block is where; `_block_map` and `slstm_at` must tell the same."
-    n, at, text = whole(d, "num_blocks"), d.get("slstm_at") or [], d.get("_block_map")
+    n, at, text = whole(d, "num_blocks", 1), d.get("slstm_at") or [], d.get("_block_map")
     if at == "all" or d.get("mlstm_block") is None and d.get("slstm_block") is not None: at = range(n)
-    if bad := [j for j in at if not isinstance(j, int) or not 0 <= j < n]:
+    if bad := [j for j in at if not isinstance(j, int) or not -n <= j < n]:
         raise ValueError(f"slstm_at names block {bad[0]!r} of {n}")
+    at = [j % n for j in at] # counted from the end too
     blocks = tuple(int(j in at) for j in range(n))
     if text is None: return blocks
     said = tuple(text.replace(" ", "").split(",")) if isinstance(text, str) else text
@@ -113,12 +117,11 @@ def read_block_map(d: dict) -> tuple[int, ...]:
         raise ValueError(f"_block_map {text!r} and slstm_at {d['slstm_at']!r} describe different stacks")
     return said
 
-def part(d: dict, *keys) -> dict:
-    "A branch of the tree."
-    for n, key in enumerate(keys):
-        d = d.get(key)
-        if not isinstance(d, dict): raise ValueError(f"config has blocks that {'.'.join(keys[:n + 1])} does not describe")
-    return d
+def part(d: dict, block: str, key: str) -> dict:
+    "A branch of the tree; what a block does not say has upstream's defaults."
+    if not isinstance(d.get(block), dict): raise ValueError(f"config has blocks that {block} does not describe")
+    if not isinstance(x := d[block].get(key, {}), dict): raise ValueError(f"{block} without {key} is not computed here")
+    return x
 
 def whole(d: dict, key: str, default=None, least: int = 1) -> int:
     n = d.get(key, default)
