@@ -78,7 +78,7 @@ class mLSTMLayer(nn.Module):
 # %% ../../nbs/blocks/18_mlstm.ipynb #a2ed79f5
 class mLSTMBlock(nn.Module):
     "Norm, mLSTM layer, residual; norm, feed-forward, residual (arXiv 2503.13427, figure 2)."
-    state_size = 3 # arrays: C, n, m
+    kind, state_size = "mlstm", 3 # arrays: C, n, m
     def __init__(self,
         dims: int, # size of the residual stream, D
         num_heads: int, # NH
@@ -163,7 +163,7 @@ class mLSTMPreUpLayer(nn.Module):
 # %% ../../nbs/blocks/18_mlstm.ipynb #13502bdb
 class mLSTMPreUpBlock(nn.Module):
     "Norm, mLSTM between projections, residual (arXiv 2405.04517, figure 11)."
-    state_size = 4 # arrays: C, n, m, and the convolution's
+    kind, state_size = "mlstm", 4 # arrays: C, n, m, and the convolution's
     def __init__(self,
         dims: int, # size of the residual stream, D
         inner_dims: int, # size between the projections

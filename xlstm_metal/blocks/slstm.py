@@ -205,6 +205,7 @@ class sLSTMBlock(nn.Module):
         self.xlstm = sLSTMLayer(dims, num_heads, dropout=dropout, **layer)
         self.ffn = JoinedFFN(dims, ffn_dims or round_up(1.3 * dims, 64), act_fn, ffn_bias, ffn_dropout)
 
+    kind = "slstm"
     @property
     def state_size(self) -> int: return 4 + ("conv1d" in self.xlstm) # arrays: y, c, n, m, and the convolution's
 

@@ -15,7 +15,8 @@ from ..blocks.ffn import activations
 from ..blocks.mlstm import mLSTMPreUpBlock
 from ..blocks.norms import LayerNorm
 from ..blocks.slstm import sLSTMBlock
-from .xlstm import LanguageModel, run_blocks
+from .xlstm import LanguageModel
+from ..wiring.wiring import Wired
 
 # %% ../../nbs/model/32_stack.ipynb #c3e8a0e7
 @dataclass
@@ -153,13 +154,14 @@ def make_block(c: xLSTMStackConfig, at: int) -> nn.Module:
     return mLSTMPreUpBlock(c.embedding_dim, c.inner_dims, c.mlstm_heads, qkv_size=c.qkv_size, bias=c.bias,
                            kernel_size=c.mlstm_kernel_size, dropout=c.dropout, num_blocks=n)
 
-class xLSTMBlockStack(nn.Module):
+class xLSTMBlockStack(Wired, nn.Module):
     "Blocks and a norm, for sequences of vectors (upstream's class of the same name)."
     model_type = "xlstm"
     def __init__(self, args: xLSTMStackConfig):
         super().__init__()
         self.args = args
         self.blocks = [make_block(args, at) for at in range(len(args.block_map))]
+        self.wiring = self.chain(args.embedding_dim)
         if args.add_post_blocks_norm: self.post_blocks_norm = LayerNorm(args.embedding_dim)
 
     def __call__(self,
@@ -167,13 +169,12 @@ class xLSTMBlockStack(nn.Module):
         cache: list | None = None, # from `make_cache`; changed in place
         mask: mx.array | None = None, # (B, S) bool, False where a row is padded
     ) -> mx.array: # (B, S, D)
-        x = run_blocks(self.blocks, x, cache, mask)
+        x = self.run_blocks(x, cache, mask)
         return self.post_blocks_norm(x) if "post_blocks_norm" in self else x
 
     @property
     def layers(self) -> list: return self.blocks
-    make_cache, cast_predicate = LanguageModel.make_cache, LanguageModel.cast_predicate
-    quant_predicate = LanguageModel.quant_predicate
+    cast_predicate, quant_predicate = LanguageModel.cast_predicate, LanguageModel.quant_predicate
     def sanitize(self, weights: dict) -> dict: return sanitize_stack(self, weights)
 
 class xLSTMLMModel(LanguageModel):
@@ -199,7 +200,7 @@ class xLSTMLMModel(LanguageModel):
         return x.astype(mx.float32)
 
     @property
-    def layers(self) -> list: return self.xlstm_block_stack.blocks
+    def wired(self) -> Wired: return self.xlstm_block_stack
     def sanitize(self, weights: dict) -> dict: return sanitize_stack(self, weights)
 
 # %% ../../nbs/model/32_stack.ipynb #4be9663f
