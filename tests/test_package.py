@@ -53,7 +53,7 @@ def test_wheel_holds_everything(wheel):
     assert not [n for n in names if n.endswith(".ipynb") or n.startswith(("tests", "nbs"))]
 
 
-def test_every_kernel_file_has_its_cell_and_is_used():
+def test_every_kernel_file_has_its_cell():
     cells = [("".join(c["source"]).split("\n")[0]) for nb in NOTEBOOKS for c in json.loads(nb.read_text())["cells"] if c["cell_type"] == "code"]
     from_cells = {f"{l.split()[1]}.metal" for l in cells if l.startswith("%%metal ")} | {f"{l.split()[1]}.h" for l in cells if l.startswith("%%header ")}
     assert from_cells == {f.name for f in (ROOT / "kernels").iterdir() if f.suffix in (".metal", ".h")}

@@ -8,7 +8,6 @@ __all__ = ['pickles', 'names', 'beside', 'upstream', 'read_pickle', 'read_anythi
 
 # %% ../../nbs/model/35_convert.ipynb #5559af44
 import json, pickle, shutil
-from math import prod
 from pathlib import Path
 import mlx.core as mx
 from .checkpoint import (CheckpointError, Tensor, as_dtype, build, check_structure, parse_settings,
