@@ -46,6 +46,7 @@ for (uint back = 0; back < S; back++) {
         gc *= F;
         gn *= F;
     }
+
     if (inside) {
         threadgroup_barrier(mem_flags::mem_threadgroup);
         for (uint p = 0; p < PER; p++) {

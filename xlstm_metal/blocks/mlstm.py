@@ -116,6 +116,7 @@ class GateMaps(nn.Module):
         self.fgate.bias = mx.linspace(3, 6, num_heads)
         self.outnorm = MultiHeadNorm(num_heads, dims // num_heads, 1e-5, residual=True)
 
+# %% ../../nbs/blocks/18_mlstm.ipynb #6be9dbb2
 class mLSTMPreUpLayer(nn.Module):
     "An mLSTM between an up-projection and a down-projection (arXiv 2405.04517, figure 11)."
     def __init__(self,

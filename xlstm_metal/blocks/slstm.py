@@ -56,7 +56,7 @@ def slstm_loop(x, R, b, state=None, mask=None):
         ys.append(y)
     return mx.concatenate(ys, 2), state
 
-# %% ../../nbs/blocks/19_slstm.ipynb #59c698ed
+# %% ../../nbs/blocks/19_slstm.ipynb #35754d46
 sequence_kernel = Kernel("slstm_sequence", ["x", "R", "b", "y_in", "c_in", "n_in", "m_in", "keep", "fresh"],
                          ["y", "c", "n", "m"])
 sequence_grad_kernel = Kernel("slstm_sequence_grad",
@@ -95,6 +95,7 @@ def with_sequence_gradient(keep):
         return dx, dR, dx.sum((0, 2)), dy0, dc0, dn0, dm0 + dc0 * c0 + dn0 * n0
     return fused
 
+# %% ../../nbs/blocks/19_slstm.ipynb #0b200dcb
 def slstm_sequence(
     x: mx.array, # what the input says to the gates i, f, z, o (B, NH, S, 4, DH)
     R: mx.array, # from output to gates (NH, 4, DH, DH), to before from
@@ -188,6 +189,7 @@ class sLSTMLayer(nn.Module):
         y, state = self.slstm_cell(gates.swapaxes(1, 2), state[:4] if state else None, mask)
         return self.group_norm(self.dropout(y), x.dtype), (*state, *seen)
 
+# %% ../../nbs/blocks/19_slstm.ipynb #f35e42af
 class sLSTMBlock(nn.Module):
     "Norm, sLSTM layer, residual; norm, feed-forward, residual (arXiv 2405.04517, figure 10)."
     def __init__(self,

@@ -37,6 +37,7 @@ def add_convert(s):
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="gates stay float32 (as stored)")
     add("--config", help="config.json or config.yaml of a pickle that has none beside it")
 
+# %% ../../nbs/generation/43_cli.ipynb #7d8816b7
 def add_generation(s, name):
     add = s.add_argument
     add("--max-tokens", type=int, default=256, help="write at most this many tokens (%(default)s)")

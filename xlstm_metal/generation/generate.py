@@ -115,6 +115,7 @@ def stream(
         raise GenerationError(f"token id {bad[0]} is outside the vocabulary of {V}")
     return pieces(state or State(model), tokenizer, ids, sampling, progress)
 
+# %% ../../nbs/generation/41_generate.ipynb #39cf3fac
 def pieces(state, tokenizer, ids, sampling, progress):
     "The loop behind `stream`."
     from mlx_lm.generate import wired_limit # on a Mac: keeps a large model's weights in place

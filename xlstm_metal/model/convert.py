@@ -148,6 +148,7 @@ def convert(
     if out.exists(): out.rmdir()
     return new.rename(out)
 
+# %% ../../nbs/model/35_convert.ipynb #1ea7528f
 beside = "tokenizer", "special_tokens", "vocab", "merges", "generation_config", "chat_template"
 
 upstream = """embedding_dim num_heads num_blocks vocab_size use_bias norm_eps norm_reduction_force_float32 add_out_norm

@@ -177,6 +177,7 @@ class xLSTMBlockStack(Wired, nn.Module):
     cast_predicate, quant_predicate = LanguageModel.cast_predicate, LanguageModel.quant_predicate
     def sanitize(self, weights: dict) -> dict: return sanitize_stack(self, weights)
 
+# %% ../../nbs/model/32_stack.ipynb #e92dca0f
 class xLSTMLMModel(LanguageModel):
     "A language model around an `xLSTMBlockStack` (upstream's class of the same name)."
     def __init__(self, args: xLSTMStackConfig):

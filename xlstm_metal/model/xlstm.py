@@ -76,6 +76,7 @@ class LanguageModel(nn.Module):
     @property
     def cast_predicate(self): return lambda path: not is_gate(path)
 
+# %% ../../nbs/model/31_xlstm.ipynb #dd55cac4
 class Model(LanguageModel):
     "An xLSTM language model of the 7B form, with the checkpoint's names."
     def __init__(self, args: xLSTMConfig):
