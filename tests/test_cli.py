@@ -17,6 +17,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from xlstm_metal.generation.cli import main
+from xlstm_metal.generation.runner import xLSTMRunner
 from xlstm_metal.model.checkpoint import bundled
 from xlstm_metal.model.stack import parse_stack_config, xLSTMLMModel
 
@@ -204,6 +205,8 @@ def test_a_stack_in_the_terminal(tmp_path, capsys):
         assert main(["generate", "-m", str(f), "-p", "def f(", "--max-tokens", "8"]) == 0
         texts.append(capsys.readouterr().out)
     assert len(set(texts)) == 1 and texts[0].startswith("def f(")
+    sizes = xLSTMRunner.from_pretrained(folder, "float32").get_model_info()
+    assert (sizes["num_blocks"], sizes["num_heads"]) == (3, 4) and sizes["parameters"] > 4096 * 64
     assert main(["info", "-m", str(folder), "--show-wiring", "--wiring-style", "ascii"]) == 0
     out = capsys.readouterr().out
     assert "2 mLSTM, 1 sLSTM (msm)" in out and "block 1 -- sLSTM 4 heads 8, FFN 64" in out

@@ -54,6 +54,9 @@ class xLSTMStackConfig:
     @property
     def num_hidden_layers(self) -> int: return len(self.block_map)
     @property
+    def num_heads(self) -> int: # of its mLSTM blocks, where it has some
+        return self.mlstm_heads if 0 in self.block_map else self.slstm_heads
+    @property
     def tie_word_embeddings(self) -> bool: return self.tie_weights
     @property
     def state_bytes(self) -> int: # of a sequence, float32
