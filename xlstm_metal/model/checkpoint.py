@@ -17,8 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from .config import xLSTMConfig, parse_config
-from xlstm_metal.model.stack import (is_stack, parse_stack_config, stack_structure, xLSTMBlockStack, xLSTMLMModel,
-    xLSTMStackConfig)
+from .stack import is_stack, parse_stack_config, stack_structure
+from .stack import xLSTMBlockStack, xLSTMLMModel, xLSTMStackConfig
 from .xlstm import Model
 from .tokenizer import load_tokenizer
 
