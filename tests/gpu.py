@@ -148,26 +148,33 @@ def slstm_case(B, NH, S, DH, dtype=None, seed=0):
     return a(B, NH, S, 4, DH), a(NH, 4, DH, DH, std=DH**-.5), a(NH, 4, DH, mean=1), (*(a(B, NH, DH) for _ in range(2)), 1 + mx.abs(a(B, NH, DH)), a(B, NH, DH))
 
 
-def slstm64(x, R, b, state):
-    x, R, b, y, c, n, m = (np.array(a, np.float64) for a in (x, R, b, *state))
+def slstm_definition(x, R, b, state):
+    "The equations token by token, in the type of the inputs."
+    y, c, n, m = state
     ys = []
-    for t in range(x.shape[2]):
-        i, f, z, o = np.moveaxis(x[:, :, t] + np.einsum("bhe,hgde->bhgd", y, R) + b, 2, 0)
-        log_f = -np.logaddexp(0, -f)
-        m1 = np.maximum(log_f + m, i)
-        F, I, m = np.exp(log_f + m - m1), np.exp(i - m1), m1
-        c, n = F * c + I * np.tanh(z), F * n + I
-        y = c / n / (1 + np.exp(-o))
+    for j in range(x.shape[2]):
+        i, f, z, o = (a[:, :, 0] for a in mx.split(x[:, :, j] + mx.einsum("bhe,hgde->bhgd", y, R) + b, 4, axis=2))
+        log_f = -mx.logaddexp(mx.zeros_like(f), -f)
+        m1 = mx.maximum(log_f + m, i)
+        F, I, m = mx.exp(log_f + m - m1), mx.exp(i - m1), m1
+        c, n = F * c + I * mx.tanh(z), F * n + I
+        y = c / n / (1 + mx.exp(-o))
         ys.append(y)
-    return [np.stack(ys, 2), y, c, n, m]
+    return mx.stack(ys, 2), (y, c, n, m)
 
 
 def slstm_gradient(form):
     def f(x, R, b, state):
         def flat_form(*a): return flat(form(*a[:3], tuple(a[3:])))
         outs = [x[..., 0, :], *state]
-        return mx.vjp(flat_form, [x, R, b, *state], [mx.cos(mx.arange(a.size, dtype=mx.float32)).reshape(a.shape) for a in outs])[1]
+        return mx.vjp(flat_form, [x, R, b, *state], [mx.cos(mx.arange(a.size)).reshape(a.shape).astype(a.dtype) for a in outs])[1]
     return f
+
+
+def slstm64(x, R, b, state, form=slstm_definition):
+    with mx.stream(mx.cpu):
+        x, R, b, *state = (mx.array(np.array(a, np.float64)) for a in (x, R, b, *state))
+        return [np.array(a) for a in flat(form(x, R, b, tuple(state)))]
 
 
 def flat(x):
@@ -220,10 +227,12 @@ def cases(quick):
     for sizes in ((2, 9, 5), (3, 100, 130)): yield "conv", f"convolution {sizes}", *conv, partial(conv_case, *sizes, f32), 1e-5, True
     slstm = (slstm_sequence, slstm_loop, slstm64)
     for sizes in ((2, 3, 9, 5), (1, 2, 20, 64), (1, 1, 6, 130)): yield "slstm", f"sLSTM {sizes}", *slstm, partial(slstm_case, *sizes), 1e-5, False
+    slstm_back = (*map(slstm_gradient, slstm[:2]), partial(slstm64, form=slstm_gradient(slstm_definition)))
+    for sizes in ((2, 3, 9, 5), (1, 2, 20, 64), (1, 1, 6, 130)): yield "slstm", f"sLSTM gradient {sizes}", *slstm_back, partial(slstm_case, *sizes), 1e-5, False
     if quick: return
     for B, NH, S, DH in ((1, 4, 1, 64), (1, 8, 2048, 64), (8, 8, 2048, 64), (1, 4, 2048, 256)):
         yield "slstm", f"sLSTM {B} x {S}, {NH} heads of {DH}", *slstm, partial(slstm_case, B, NH, S, DH), 1e-5, False
-    yield "slstm", "sLSTM there and back, 8 x 512", *map(slstm_gradient, slstm[:2]), None, partial(slstm_case, 8, 8, 512, 64), 1e-5, False
+    yield "slstm", "sLSTM there and back, 8 x 512", *slstm_back[:2], None, partial(slstm_case, 8, 8, 512, 64), 1e-5, False
     for S in (1, 2048): yield "norm", f"7B norm and gate, {S}", *norm, partial(norm_case, 1, 8, S, 512, bf16), 1e-2, True
     for S in (1, 2048): yield "norm", f"RMSNorm of ours and MLX's, {S}", rms, lambda x, w: mx.fast.rms_norm(x, w, 1e-6), rms64, partial(rms_case, S, 4096, bf16), 1e-2, True
     for B in (1, 8, 32): yield "step", f"7B step, batch {B}", *step, partial(cell_case, B, 8, 1, 256, 512, bf16), 1e-5, True

@@ -113,10 +113,12 @@ class HeadwiseLinear(nn.Module):
         dims: int, # size of input and output, D
         num_heads: int, # H
         bias: bool = False,
+        stream: int | None = None, # size of the residual stream, for the scale of the first weights; None: D
     ):
         super().__init__()
         if dims % num_heads: raise ValueError(f"{dims} channels do not divide into {num_heads} heads")
-        self.weight = mx.random.normal((num_heads, dims // num_heads, dims // num_heads)) * (2 / (5 * dims))**.5
+        N = dims // num_heads
+        self.weight = mx.random.normal((num_heads, N, N)) * (2 / (5 * (stream or dims)))**.5
         if bias: self.bias = mx.zeros((dims,))
 
     def __call__(self, x: mx.array) -> mx.array: # (B, S, D) -> (B, S, D)

@@ -135,7 +135,8 @@ class mLSTMPreUpLayer(nn.Module):
             raise ValueError(f"{inner_dims} inner channels do not divide into {num_heads} heads")
         self.num_heads = num_heads
         self.proj_up = nn.Linear(dims, 2 * inner_dims, bias=bias)
-        for name in ("q_proj", "k_proj", "v_proj"): self[name] = HeadwiseLinear(inner_dims, inner_dims // qkv_size, bias)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            self[name] = HeadwiseLinear(inner_dims, inner_dims // qkv_size, bias, stream=dims)
         self.conv1d = Conv1dCell(inner_dims, kernel_size)
         self.mlstm_cell = GateMaps(inner_dims, num_heads)
         self.learnable_skip = mx.ones((inner_dims,))
