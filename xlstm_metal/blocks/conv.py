@@ -84,11 +84,11 @@ conv_kernel.trial = lambda: agree(conv_fused, conv_plain, samples((2, 40, 5), (5
 # %% ../../nbs/blocks/17_conv.ipynb #c68b5030
 class Taps(nn.Module):
     "The weights of a depthwise convolution, as PyTorch names and draws them."
-    def __init__(self, dims: int, kernel_size: int):
+    def __init__(self, dims: int, kernel_size: int, bias: bool = True):
         super().__init__()
         bound = kernel_size**-.5
         self.weight = mx.random.uniform(-bound, bound, (dims, 1, kernel_size))
-        self.bias = mx.random.uniform(-bound, bound, (dims,))
+        if bias: self.bias = mx.random.uniform(-bound, bound, (dims,))
 
 class Conv1dCell(nn.Module):
     "Causal depthwise convolution with a carried state (upstream `CausalConv1d`)."

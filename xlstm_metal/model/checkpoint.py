@@ -20,6 +20,8 @@ from .config import xLSTMConfig, parse_config
 from .stack import is_stack, parse_stack_config, stack_structure
 from .stack import xLSTMBlockStack, xLSTMLMModel, xLSTMStackConfig
 from .xlstm import Model
+from ..wiring.auto import seen_in
+from ..wiring.wiring import WiringError
 from .tokenizer import load_tokenizer
 
 # %% ../../nbs/model/34_checkpoint.ipynb #8ce8ca84
@@ -162,27 +164,19 @@ def structure(
     tensors: dict[str, Tensor],
 ) -> dict[str, tuple]: # setting -> (value, tensor that shows it)
     "The sizes of a model, read from its tensors' shapes."
-    block = "backbone.blocks.0."
-    def rows(*options): # the first that is there: name, and what to do with its first axis
-        for name, f in options:
-            if name in tensors: return f(tensors[name].shape[0]), name
-        raise CheckpointError(f"there is no tensor {options[0][0]}: this is not an xLSTM of the 7B form "
-                              f"(it has {', '.join(sorted(tensors)[:3])}, ...)")
-    same, half, layer = lambda n: n, lambda n: n // 2, block + "mlstm_layer."
-    found = dict(
-        vocab_size=rows(("backbone.embeddings.weight", same), ("embedding.weight", same)),
-        hidden_size=rows((block + "norm_mlstm.weight", same)),
-        num_heads=rows((layer + "igate_preact.bias", same), (layer + "ifgate_preact.bias", half)),
-        v_dims=rows((layer + "multihead_norm.weight", same)),
-        ffn_dims=rows((block + "ffn.proj_up.weight", same), (block + "ffn.proj_up_gate_z.weight", half)))
-    v = found["v_dims"][0]
-    found["qk_dims"] = rows((layer + "q.weight", same),
-                            (layer + "qkv_opreact.weight", lambda n: half(n - 2 * v)))
-    last = max((n for n in tensors if n.startswith("backbone.blocks.")), key=lambda n: int(n.split(".")[2]))
-    found["num_hidden_layers"] = int(last.split(".")[2]) + 1, last
-    biased = [n for n in (layer + "q.bias", layer + "qkv_opreact.bias") if n in tensors]
-    found["use_bias"] = bool(biased), (biased or [found["qk_dims"][1]])[0]
-    return found
+    def no(what): return CheckpointError(f"{what}: this is not an xLSTM of the 7B form (it has {', '.join(sorted(tensors)[:3])}, ...)")
+    try: blocks = seen_in(tensors)
+    except WiringError as e: raise no(e) from e
+    kind, seen = blocks[0]
+    if kind is None or kind.form != "xLSTM 7B": raise no("there is no tensor backbone.blocks.0.mlstm_layer.multihead_norm.weight")
+    if lost := [places.split()[0] for key, places in kind.sizes.items() if key not in seen]:
+        raise no(f"there is no tensor backbone.blocks.0.{lost[0]}")
+    found = {key: seen[key] for key in kind.sizes} | {"hidden_size": seen["size"]}
+    found["num_hidden_layers"] = len(blocks), blocks[-1][1]["size"].tensor
+    found["use_bias"] = "bias" in seen, seen.get("bias", seen["qk_dims"])[1]
+    table = [n for n in ("backbone.embeddings.weight", "embedding.weight") if n in tensors]
+    if not table: raise no("there is no tensor backbone.embeddings.weight")
+    return found | {"vocab_size": (tensors[table[0]].shape[0], table[0])}
 
 def check_structure(tensors: dict[str, Tensor], config: xLSTMConfig, source: str):
     "Refuse a config that describes another model than the tensors do."

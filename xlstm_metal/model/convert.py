@@ -14,7 +14,7 @@ from .checkpoint import (CheckpointError, Tensor, as_dtype, build, check_structu
     read_headers, resolve, settings_file, weight_files)
 from .config import config_dict
 from .stack import xLSTMStackConfig
-from .xlstm import fused as joined
+from ..wiring.auto import fused as joined
 
 # %% ../../nbs/model/35_convert.ipynb #f8c08656
 pickles = ".pt", ".pth", ".bin", ".ckpt"

@@ -16,7 +16,8 @@ from ..blocks.mlstm import mLSTMPreUpBlock
 from ..blocks.norms import LayerNorm
 from ..blocks.slstm import sLSTMBlock
 from .xlstm import LanguageModel
-from ..wiring.wiring import Wired
+from ..wiring.auto import seen_in
+from ..wiring.run import Wired
 
 # %% ../../nbs/model/32_stack.ipynb #c3e8a0e7
 @dataclass
@@ -164,7 +165,7 @@ class xLSTMBlockStack(Wired, nn.Module):
         super().__init__()
         self.args = args
         self.blocks = [make_block(args, at) for at in range(len(args.block_map))]
-        self.wiring = self.chain(args.embedding_dim)
+        self.wiring = self.chain()
         if args.add_post_blocks_norm: self.post_blocks_norm = LayerNorm(args.embedding_dim)
 
     def __call__(self,
@@ -237,26 +238,14 @@ def stack_structure(
     tensors: dict, # name -> something with a shape
 ) -> dict[str, tuple]: # setting -> (value, tensor that shows it)
     "The settings of a stack, read from its tensors."
-    lm = "xlstm_block_stack." * any(n.startswith("xlstm_block_stack.") for n in tensors)
-    kinds = {} # place -> (kind, tensor that shows it)
-    for n in tensors:
-        if n.startswith(lm + "blocks."):
-            at = int(n.removeprefix(lm).split(".")[1])
-            kind = 0 if ".mlstm_cell." in n else 1 if ".slstm_cell." in n else None
-            if kind is not None: kinds.setdefault(at, (kind, n))
-    if not kinds: raise ValueError(f"there is no cell among the tensors ({', '.join(sorted(tensors)[:3])}, ...)")
-    found = {"block_map": (tuple(kinds.get(at, (None,))[0] for at in range(max(kinds) + 1)), kinds[max(kinds)][1])}
-    def size(key, name, axis=0):
-        if name in tensors: found[key] = tensors[name].shape[axis], name
-    first = {kind: f"{lm}blocks.{at}." for at, (kind, _) in sorted(kinds.items(), reverse=True)}
-    size("vocab_size", "token_embedding.weight")
-    size("embedding_dim", f"{lm}blocks.0.xlstm_norm.weight")
-    if 0 in first:
-        x = first[0] + "xlstm."
-        size("inner_dims", x + "learnable_skip"), size("mlstm_heads", x + "mlstm_cell.igate.bias")
-        size("qkv_size", x + "q_proj.weight", 1), size("mlstm_kernel_size", x + "conv1d.conv.weight", 2)
-    if 1 in first:
-        x = first[1] + "xlstm."
-        for kernel in ("_recurrent_kernel_", "recurrent_kernel"): size("slstm_heads", f"{x}slstm_cell.{kernel}")
-        size("slstm_kernel_size", x + "conv1d.conv.weight", 2), size("ffn_dims", first[1] + "ffn.proj_down.weight", 1)
+    blocks = seen_in(tensors)
+    kinds = tuple({"mlstm": 0, "slstm": 1}.get(kind and kind.name) for kind, _ in blocks)
+    found = {"block_map": (kinds, blocks[-1][1]["size"].tensor)}
+    if (name := "token_embedding.weight") in tensors: found["vocab_size"] = tensors[name].shape[0], name
+    names = {"size": "embedding_dim", "inner_dims": "inner_dims", "qkv_size": "qkv_size", "ffn_dims": "ffn_dims"}
+    for kind, (_, seen) in zip(kinds, blocks):
+        here = names | {key: f"{'ms'[kind]}lstm_{name}" for key, name in
+                        (("num_heads", "heads"), ("kernel_size", "kernel_size")) if kind is not None}
+        for key, s in seen.items():
+            if key in here and s.value: found.setdefault(here[key], s)
     return found
