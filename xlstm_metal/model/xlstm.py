@@ -47,7 +47,10 @@ class LanguageModel(nn.Module):
     def wiring(self, wiring): self.wired.wiring = wiring
     @property
     def layers(self) -> list: return self.wired.blocks
-    def make_cache(self) -> list: return self.wired.make_cache()
+    def make_cache(self) -> list:
+        "An empty cache: one for each neuron."
+        from xlstm_metal.model.cache import ArraysCache # imports mlx-lm, which takes a second
+        return [ArraysCache(len(slot.cache)) for slot in self.wired.make_cache()]
 
     def __call__(self,
         inputs: mx.array, # token ids (B, S)
