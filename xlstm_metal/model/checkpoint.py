@@ -6,7 +6,8 @@
 __all__ = ['bundled', 'hub_id', 'patterns', 'width', 'dtypes', 'CheckpointError', 'resolve', 'hub_errors', 'Tensor',
            'weight_files', 'numbers', 'check_sequence', 'read_headers', 'read_json', 'settings_file', 'parse_settings',
            'read_config', 'structure', 'check_structure', 'check_names', 'more', 'load', 'as_dtype', 'build',
-           'load_file', 'Info', 'info', 'nbytes', 'count', 'headers', 'remote_headers', 'human', 'table', 'sizes_of']
+           'load_file', 'choose', 'Info', 'info', 'nbytes', 'bits_in', 'count', 'headers', 'remote_headers', 'human',
+           'table', 'sizes_of']
 
 # %% ../../nbs/model/34_checkpoint.ipynb #c85c19ad
 import json, re
@@ -19,6 +20,7 @@ from mlx.utils import tree_flatten
 from .config import xLSTMConfig, parse_config
 from .stack import is_stack, parse_stack_config, stack_structure
 from .stack import xLSTMBlockStack, xLSTMLMModel, xLSTMStackConfig
+from .quantize import make_room, packed_weights, recipe
 from .xlstm import Model
 from ..wiring.auto import seen_in
 from ..wiring.wiring import WiringError
@@ -222,6 +224,7 @@ def load(
     path: str | Path | None = None, # folder or hub id; None is the bundled model
     dtype: mx.Dtype | str | None = None, # float32, bfloat16, float16; None: bfloat16 on a GPU, float32 on a CPU
     *,
+    quantize: int | str | None = None, # 4, 8 or "mixed" bits for each weight; see `model.quantize`
     strict: bool = True, # False lets unexpected tensors pass; missing ones never pass
     revision: str | None = None, # branch, tag or commit on the hub
     token: str | None = None, # for private and gated repositories
@@ -233,7 +236,8 @@ def load(
     tensors = read_headers(folder)
     check_structure(tensors, config, source)
     model = build(config, tensors, strict)
-    for f in weight_files(folder): load_file(model, f, dtype)
+    chosen = choose(model, quantize) if quantize else {}
+    for f in weight_files(folder): load_file(model, f, dtype, chosen)
     return model.eval(), load_tokenizer(folder, config)
 
 # %% ../../nbs/model/34_checkpoint.ipynb #5aea6ab8
@@ -255,15 +259,24 @@ def build(config: xLSTMConfig, tensors: dict[str, Tensor], strict: bool = True) 
     check_names(model, tensors, strict)
     return model
 
-def load_file(model: Model, file: Path, dtype: mx.Dtype):
-    "Put one file's tensors into the model, cast."
+def load_file(model: Model, file: Path, dtype: mx.Dtype, chosen: dict = {}): # chosen: maps to quantise
+    "Put one file's tensors into the model, cast and packed."
     names = dict(tree_flatten(model.parameters())).keys()
     def cast(n, a):
         if not mx.issubdtype(a.dtype, mx.floating): return a
         return a.astype(dtype if model.cast_predicate(n) else mx.float32)
     weights = [(n, cast(n, a)) for n, a in model.sanitize(mx.load(str(file))).items() if n in names]
+    if chosen: weights = list(packed_weights(dict(weights), chosen).items())
     mx.eval([a for _, a in weights])
     model.load_weights(weights, strict=False)
+
+def choose(model: Model, quantize: int | str) -> dict: # path -> group_size and bits
+    "Prepare a model for weights that are quantised as they are loaded."
+    if model.args.quantization: raise CheckpointError("this checkpoint is quantised already; load it without quantize")
+    try: chosen = recipe(model, quantize)
+    except ValueError as e: raise CheckpointError(str(e)) from e
+    make_room(model, chosen)
+    return chosen
 
 # %% ../../nbs/model/34_checkpoint.ipynb #b67e4645
 @dataclass
@@ -295,7 +308,7 @@ def info(
     layout = ["first paper" if stack else "Hugging Face" if source == "config.json" else "NX-AI"]
     if any("qkv_opreact" in n for n in tensors): layout.append("fused")
     if not head and table: layout.append("tied")
-    if c.quantization: layout.append(f"quantised to {c.quantization['bits']} bits")
+    if c.quantization: layout.append(f"quantised to {bits_in(c.quantization)} bits")
     weight_bytes = sum(map(nbytes, tensors.values()))
     return Info(name=str(path or "bundled model"), config=c, layout=", ".join(layout),
                 files=len({t.file for t in tensors.values()}), parameters=count(tensors, c),
@@ -305,6 +318,10 @@ def info(
 # %% ../../nbs/model/34_checkpoint.ipynb #8b6d86db
 from math import prod
 def nbytes(t: Tensor) -> int: return prod(t.shape) * width[t.dtype]
+
+def bits_in(q: dict) -> str: # quantization of a config
+    own = {v["bits"] for v in q.values() if isinstance(v, dict)}
+    return " and ".join(map(str, sorted(own | {q["bits"]})))
 
 def count(tensors: dict[str, Tensor], c: xLSTMConfig) -> int:
     "Parameters; of a quantised map the numbers it stands for, not the words that store them."
