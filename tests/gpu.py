@@ -304,8 +304,10 @@ def wiring(quick):
         assert mx.array_equal(model(ids, caches[0]), loop(ids, caches[1])), "the loop computes something else"
         for how, f in (("", lambda step: step), (", compiled", mx.compile)):
             steps = [f(decode_step(model, forward)) for forward in (model, loop)]
-            times = [[per_token(model, step, 5 if quick else 100) for step in steps] for _ in range(3 if quick else 21)]
-            yield f"wired, {name}{how}, a token", *np.median(times, axis=0)
+            times = [[], []]
+            for turn in range(4 if quick else 40):
+                for j in (0, 1) if turn % 2 else (1, 0): times[j].append(per_token(model, steps[j], 5 if quick else 100))
+            yield f"wired, {name}{how}, a token", *np.median(times, axis=1)
     yield from stage(quick)
 
 
