@@ -1,11 +1,11 @@
 """The kernels on this machine's GPU: how far from float64, and how fast against the plain form.
 
-    python tests/gpu.py [norm] [step] [sequence] [gradient] [conv] [slstm] [decode] [training] [--quick]
+    python tests/gpu.py [norm] [step] [sequence] [gradient] [conv] [slstm] [decode] [wiring] [training] [--quick]
 
 Without names all parts. A row is a kernel and a size: worst relative error of the kernel and of the plain form against float64 on
 the same inputs, and the time of both (ten calls in flight together, median over rounds, compiled except for chunks). Exits with 1
 if a kernel is further than 1e-5 from float64, or 1e-2 where the result has 16 bits. Sizes named 7B are those of one block of
-xLSTM 7B. `--quick` takes the small sizes only; with XLSTM_METAL_KERNELS=host it runs anywhere.
+xLSTM 7B. In the rows of `wiring` the two times are those of a wiring and of a loop over the same blocks. `--quick` takes the small sizes only; with XLSTM_METAL_KERNELS=host it runs anywhere.
 """
 import argparse
 import os
@@ -30,6 +30,8 @@ from xlstm_metal.blocks.slstm import slstm_loop, slstm_sequence  # noqa: E402
 from xlstm_metal.blocks.step_kernel import mlstm_step_dispatch  # noqa: E402
 from xlstm_metal.model.config import xLSTMConfig  # noqa: E402
 from xlstm_metal.model.xlstm import Model  # noqa: E402
+from xlstm_metal.wiring.auto import make_block  # noqa: E402
+from xlstm_metal.wiring.wiring import Neuron  # noqa: E402
 from xlstm_metal.train.train import fit, init_weights, make_optimizer  # noqa: E402
 
 
@@ -245,35 +247,89 @@ def cases(quick):
     yield "conv", "4096 channels there and back", with_gradient(conv_fused, (0, 3)), with_gradient(conv_plain, (0, 3)), None, partial(conv_case, 1, 2048, 4096, bf16), 1e-2, True
 
 
+def decoders(quick):
+    "Models whose decode step is timed: the bundled one, and eight blocks of the size of xLSTM 7B."
+    yield "bundled model", xm.load()[0]
+    if quick: return
+    model = Model(xLSTMConfig(vocab_size=50304, hidden_size=4096, num_hidden_layers=8, num_heads=8))
+    model.update(tree_map(lambda p: (.02 * mx.random.normal(p.shape)).astype(mx.bfloat16), model.parameters()))
+    yield "8 blocks of 7B", model
+
+
+def decode_step(model, forward):
+    "One greedy token, as a function of arrays."
+    def step(token, *state):
+        cache = model.make_cache()
+        for j, slot in enumerate(cache): slot.state = (list(state[3 * j:3 * j + 3]), None, None)
+        logits = forward(token, cache)
+        return mx.argmax(logits[:, -1:], -1), *(a for slot in cache for a in slot.cache)
+    return step
+
+
+def per_token(model, step, n):
+    cache = model.make_cache()
+    model(mx.array([[0, 5, 7]]), cache)
+    values = (mx.array([[5]]), *(a for slot in cache for a in slot.cache))
+    for _ in range(3): values = step(*values)
+    mx.eval(values)
+    start = time.perf_counter()
+    for _ in range(n):
+        values = step(*values)
+        mx.async_eval(values)
+    mx.eval(values)
+    return (time.perf_counter() - start) / n
+
+
 def decode(quick):
-    "A whole decode step, uncompiled and compiled: the bundled model, and eight blocks of the size of xLSTM 7B."
-    bundled, _ = xm.load()
-    models = {"bundled model": bundled}
-    if not quick:
-        big = xLSTMConfig(vocab_size=50304, hidden_size=4096, num_hidden_layers=8, num_heads=8)
-        models["8 blocks of 7B"] = Model(big)
-        models["8 blocks of 7B"].update(tree_map(lambda p: (.02 * mx.random.normal(p.shape)).astype(mx.bfloat16), models["8 blocks of 7B"].parameters()))
-    for name, model in models.items():
-        def step(token, *state):
-            cache = model.make_cache()
-            for j, slot in enumerate(cache): slot.state = (list(state[3 * j:3 * j + 3]), None, None)
-            logits = model(token, cache)
-            return mx.argmax(logits[:, -1:], -1), *(a for slot in cache for a in slot.cache)
-        def per_token(f, n=10 if quick else 50):
-            cache = model.make_cache()
-            model(mx.array([[0, 5, 7]]), cache)
-            values = (mx.array([[5]]), *(a for slot in cache for a in slot.cache))
-            for _ in range(3): values = f(*values)
-            mx.eval(values)
-            start = time.perf_counter()
-            for _ in range(n):
-                values = f(*values)
-                mx.async_eval(values)
-            mx.eval(values)
-            return (time.perf_counter() - start) / n
+    "A whole decode step, uncompiled and compiled."
+    n = 10 if quick else 50
+    for name, model in decoders(quick):
+        step = decode_step(model, model)
         for how, f in (("", lambda: step), (", compiled", lambda: mx.compile(step))):
-            with kernels("off"): plain = per_token(f())
-            yield f"{name}{how}, a token", per_token(f()), plain
+            with kernels("off"): plain = per_token(model, f(), n)
+            yield f"{name}{how}, a token", per_token(model, f(), n), plain
+
+
+def wiring(quick):
+    "The same models run by their wiring, beside a loop over their blocks; in turns, median of each."
+    for name, model in decoders(quick):
+        def loop(ids, cache):
+            x = model.backbone.embeddings(ids)
+            for block, slot in zip(model.layers, cache):
+                x, state = block(x, tuple(slot.cache))
+                slot.cache = list(state)
+            return model.head(model.backbone.out_norm(x))
+        ids, caches = mx.array([[3, 1, 4]]), [model.make_cache(), model.make_cache()]
+        model(ids, caches[0]), model(ids, caches[1])
+        assert mx.array_equal(model(ids, caches[0]), loop(ids, caches[1])), "the loop computes something else"
+        for how, f in (("", lambda step: step), (", compiled", mx.compile)):
+            steps = [f(decode_step(model, forward)) for forward in (model, loop)]
+            times = [[], []]
+            for turn in range(4 if quick else 40):
+                for j in (0, 1) if turn % 2 else (1, 0): times[j].append(per_token(model, steps[j], 5 if quick else 100))
+            yield f"wired, {name}{how}, a token", *np.median(times, axis=1)
+    yield from stage(quick)
+
+
+def stage(quick):
+    "Four blocks that do not wait for each other: all on one stream, and each on its own."
+    blocks = [make_block(Neuron("mlstm", j, 512)) for j in range(4)]
+    streams = [mx.new_stream(mx.default_device()) for _ in blocks]
+    def one(x): return sum(b(x)[0] for b in blocks)
+    def own(x):
+        out = []
+        for b, s in zip(blocks, streams):
+            with mx.stream(s): out.append(b(x)[0])
+        return sum(out)
+    for S in (1, 512):
+        x = mx.random.normal((1, S, 512))
+        mx.eval(x, [b.parameters() for b in blocks])
+        def took(f):
+            mx.eval(f(x))
+            start = time.perf_counter()
+            for _ in range(5 if quick else 30): mx.eval(f(x))
+            return (time.perf_counter() - start) / (5 if quick else 30)
+        yield f"4 blocks beside each other, {S}", *np.median([[took(own), took(one)] for _ in range(3 if quick else 9)], axis=0)
 
 
 def training(quick):
@@ -304,7 +360,7 @@ def kernels(mode):
     finally: os.environ["XLSTM_METAL_KERNELS"] = before
 
 
-PARTS = "norm", "step", "sequence", "gradient", "conv", "slstm", "decode", "training"
+PARTS = "norm", "step", "sequence", "gradient", "conv", "slstm", "decode", "wiring", "training"
 
 
 def main():
@@ -329,8 +385,9 @@ def main():
         print(f"{name:<34}{errors:>22}{1e3 * k:>11.3f}{1e3 * s:>11.3f}{s / k:>10.2f}{'  FAIL' if bad else ''}", flush=True)
         failed += bad
         mx.clear_cache()
-    if "decode" in parts:
-        for name, k, s in decode(args.quick): print(f"{name:<34}{'':>22}{1e3 * k:>11.3f}{1e3 * s:>11.3f}{s / k:>10.2f}", flush=True)
+    for part, rows in (("decode", decode), ("wiring", wiring)):
+        for name, k, s in rows(args.quick) if part in parts else ():
+            print(f"{name:<38}{'':>18}{1e3 * k:>11.3f}{1e3 * s:>11.3f}{s / k:>10.2f}", flush=True)
     if "training" in parts:
         ours, plain, k, s = training(args.quick)
         far = np.abs(ours - plain).max()

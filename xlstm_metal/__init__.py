@@ -11,7 +11,7 @@ _home = {
     "Model": "model.xlstm", "xLSTMConfig": "model.config",
     "generate": "generation.generate", "stream": "generation.generate",
     "xLSTMRunner": "generation.runner",
-    "convert": "model.convert", "xLSTM": "model.layer",
+    "convert": "model.convert", "save": "model.convert", "xLSTM": "model.layer", "WiredModel": "model.wired",
 }
 __all__ = ["__version__", *_home]
 

@@ -11,6 +11,7 @@ __all__ = ['bundled', 'hub_id', 'patterns', 'width', 'dtypes', 'CheckpointError'
 
 # %% ../../nbs/model/34_checkpoint.ipynb #c85c19ad
 import json, re
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,9 +22,10 @@ from .config import xLSTMConfig, parse_config
 from .stack import is_stack, parse_stack_config, stack_structure
 from .stack import xLSTMBlockStack, xLSTMLMModel, xLSTMStackConfig
 from .quantize import make_room, packed_weights, recipe
+from .wired import is_wired, parse_wired_config, WiredConfig, WiredModel
 from .xlstm import Model
 from ..wiring.auto import seen_in
-from ..wiring.wiring import WiringError
+from ..wiring.wiring import wiring_from_config, WiringError
 from .tokenizer import load_tokenizer
 
 # %% ../../nbs/model/34_checkpoint.ipynb #8ce8ca84
@@ -154,7 +156,8 @@ def parse_settings(f: Path) -> tuple[dict, xLSTMConfig | xLSTMStackConfig]: # as
         try: d = yaml.safe_load(f.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise CheckpointError(f"{f} is not valid YAML") from e
     if not isinstance(d, dict): raise CheckpointError(f"{f} is not a dictionary of settings")
-    try: return d, (parse_stack_config if is_stack(d) else parse_config)(d)
+    parse = parse_stack_config if is_stack(d) else parse_wired_config if is_wired(d) else parse_config
+    try: return d, parse(d)
     except ValueError as e: raise CheckpointError(f"{f}: {e}") from e
 
 def read_config(folder: Path) -> tuple[xLSTMConfig | xLSTMStackConfig, str]: # and the name of the file
@@ -170,11 +173,11 @@ def structure(
     try: blocks = seen_in(tensors)
     except WiringError as e: raise no(e) from e
     kind, seen = blocks[0]
-    if kind is None or kind.form != "xLSTM 7B": raise no("there is no tensor backbone.blocks.0.mlstm_layer.multihead_norm.weight")
-    if lost := [places.split()[0] for key, places in kind.sizes.items() if key not in seen]:
+    if kind is None or kind.form != "xLSTM 7B": raise no("there is no tensor backbone.blocks.0.mlstm_layer.q.weight")
+    if lost := [places.split()[0] for key, places in {"size": kind.size, **kind.sizes}.items() if key not in seen]:
         raise no(f"there is no tensor backbone.blocks.0.{lost[0]}")
     found = {key: seen[key] for key in kind.sizes} | {"hidden_size": seen["size"]}
-    found["num_hidden_layers"] = len(blocks), blocks[-1][1]["size"].tensor
+    found["num_hidden_layers"] = len(blocks), blocks[-1][1]["kind"].tensor
     found["use_bias"] = "bias" in seen, seen.get("bias", seen["qk_dims"])[1]
     table = [n for n in ("backbone.embeddings.weight", "embedding.weight") if n in tensors]
     if not table: raise no("there is no tensor backbone.embeddings.weight")
@@ -182,6 +185,7 @@ def structure(
 
 def check_structure(tensors: dict[str, Tensor], config: xLSTMConfig, source: str):
     "Refuse a config that describes another model than the tensors do."
+    if isinstance(config, WiredConfig): return # its neurons have sizes of their own, which `check_names` compares
     if isinstance(config, xLSTMStackConfig):
         try: found = stack_structure(tensors)
         except ValueError as e: raise CheckpointError(f"{source} describes a stack of blocks, but {e}") from e
@@ -250,8 +254,11 @@ def as_dtype(dtype) -> mx.Dtype:
 
 def build(config: xLSTMConfig, tensors: dict[str, Tensor], strict: bool = True) -> Model:
     "A model with the checkpoint's structure and no weights yet."
-    if not isinstance(config, xLSTMStackConfig): model = Model(config)
-    else: model = (xLSTMBlockStack if config.vocab_size is None else xLSTMLMModel)(config)
+    family = {xLSTMConfig: Model, WiredConfig: WiredModel, xLSTMStackConfig: xLSTMLMModel if config.vocab_size else xLSTMBlockStack}
+    try:
+        model = family[type(config)](config)
+        if config.wiring: model.wiring = wiring_from_config(config.wiring)
+    except WiringError as e: raise CheckpointError(f"the wiring in the config: {e}") from e
     if q := config.quantization:
         own = lambda path, m: f"{path}.scales" in tensors and (q.get(path) or True)
         nn.quantize(model, group_size=q["group_size"], bits=q["bits"],
@@ -299,13 +306,13 @@ def info(
     "Describe a checkpoint without loading weights. Raises `CheckpointError`."
     c, source, tensors = headers(path, revision, token)
     check_structure(tensors, c, source)
-    stack = isinstance(c, xLSTMStackConfig)
+    stack, wired = isinstance(c, xLSTMStackConfig), isinstance(c, WiredConfig)
     if stack and c.tie_weights: tensors.pop("lm_head.weight", None) # upstream stores it a second time
     head = "lm_head.weight" in tensors
-    if not stack: c = replace(c, tie_word_embeddings=not head, add_out_norm="backbone.out_norm.weight" in tensors)
+    if not stack and not wired: c = replace(c, tie_word_embeddings=not head, add_out_norm="backbone.out_norm.weight" in tensors)
     table = [t for n, t in tensors.items()
              if n.startswith(("backbone.embeddings.", "embedding.", "token_embedding."))]
-    layout = ["first paper" if stack else "Hugging Face" if source == "config.json" else "NX-AI"]
+    layout = ["first paper" if stack else "wired" if wired else "Hugging Face" if source == "config.json" else "NX-AI"]
     if any("qkv_opreact" in n for n in tensors): layout.append("fused")
     if not head and table: layout.append("tied")
     if c.quantization: layout.append(f"quantised to {bits_in(c.quantization)} bits")
@@ -371,6 +378,10 @@ def table(i: Info) -> str:
 
 def sizes_of(c) -> dict:
     "Blocks, width and heads in words."
+    if isinstance(c, WiredConfig):
+        kinds = {n.weights: n.kind for n in c.neurons}.values()
+        return dict(blocks=", ".join(f"{n} {kind}" for kind, n in Counter(kinds).items()), width=f"{c.hidden_size}, vocabulary {c.vocab_size}",
+                    wiring=f"{c.wiring['class']} of {len(c.neurons)} neurons")
     if not isinstance(c, xLSTMStackConfig):
         keys, values = c.qk_dims // c.num_heads, c.v_dims // c.num_heads
         return dict(blocks=f"{c.num_hidden_layers} mLSTM",

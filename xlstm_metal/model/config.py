@@ -37,6 +37,7 @@ class xLSTMConfig:
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     quantization: dict | None = None # group_size, bits of a quantised MLX checkpoint
+    wiring: dict | None = None # which block feeds which, as from `get_config`; None is a chain
     model_type: str = "xlstm"
 
     @property

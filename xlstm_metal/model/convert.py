@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['pickles', 'names', 'beside', 'upstream', 'read_pickle', 'read_anything', 'to_nxai', 'join', 'write_shards', 'convert',
-           'write_settings']
+           'write_settings', 'save']
 
 # %% ../../nbs/model/35_convert.ipynb #5559af44
 import json, pickle, shutil
 from pathlib import Path
 import mlx.core as mx
+from mlx.utils import tree_flatten
 from .checkpoint import (CheckpointError, Tensor, as_dtype, build, check_structure, parse_settings,
     read_headers, resolve, settings_file, weight_files)
-from .config import config_dict
+from .config import config_dict, xLSTMConfig
 from .stack import xLSTMStackConfig
+from .wired import WiredConfig
 from ..wiring.auto import fused as joined
 
 # %% ../../nbs/model/35_convert.ipynb #f8c08656
@@ -127,9 +129,9 @@ def convert(
     out = Path(out).expanduser()
     if out.exists() and (out.is_file() or any(out.iterdir())): raise CheckpointError(f"{out} exists already")
     folder, file, raw, c, weights, tensors = read_anything(source, config)
-    stack = isinstance(c, xLSTMStackConfig)
     if c.quantization: raise CheckpointError(f"{source} is quantised; convert the original")
-    if fused and stack: raise CheckpointError("only models of the 7B form have maps to fuse")
+    if fused and not isinstance(c, xLSTMConfig): raise CheckpointError("only models of the 7B form have maps to fuse")
+    if to == "nxai" and c.wiring: raise CheckpointError("NX-AI's package runs chains of its own blocks; this checkpoint has a wiring")
     check_structure(tensors, c, file.name)
     model = build(c, tensors)
     weights = model.sanitize(weights)
@@ -158,10 +160,31 @@ upstream = """embedding_dim num_heads num_blocks vocab_size use_bias norm_eps no
 
 def write_settings(folder: Path, raw: dict, c, to: str, fused: bool):
     "The settings as they were; for the original packages also in the file that they read."
-    stack = isinstance(c, xLSTMStackConfig)
+    stack = not isinstance(c, xLSTMConfig)
     d = raw | {"model_type": "xlstm"} if stack else raw | config_dict(c) | {"weight_mode": "fused" if fused else "single"}
     (folder / "config.json").write_text(json.dumps(d, indent=1) + "\n")
     if to == "nxai":
         import yaml
         own = {k: v for k, v in d.items() if (k != "model_type" if stack else k in upstream)}
         (folder / "config.yaml").write_text(yaml.safe_dump(own, sort_keys=False))
+
+# %% ../../nbs/model/35_convert.ipynb #990e9352
+def save(
+    model, # from `load`, or made here
+    out: str | Path, # a folder that does not exist yet, or is empty
+    tokenizer=None, # from `load`
+) -> Path: # the folder
+    "Write a model with its wiring. Raises `CheckpointError`; a folder appears whole or not at all."
+    out, wired = Path(out).expanduser(), getattr(model, "wired", model)
+    if out.exists() and (out.is_file() or any(out.iterdir())): raise CheckpointError(f"{out} exists already")
+    settings = model.args.to_dict() | {"model_type": "xlstm"}
+    if isinstance(model.args, WiredConfig) or wired.wiring != wired.chain(): settings["wiring"] = wired.wiring.get_config()
+    else: settings.pop("wiring", None)
+    new = out.with_name(out.name + ".partial")
+    if new.exists(): shutil.rmtree(new)
+    new.mkdir(parents=True)
+    write_shards(new, dict(tree_flatten(model.parameters())), "hf")
+    (new / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    if tokenizer: tokenizer.save_pretrained(new)
+    if out.exists(): out.rmdir()
+    return new.rename(out)

@@ -47,6 +47,7 @@ class xLSTMStackConfig:
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     quantization: dict | None = None # group_size, bits of a quantised MLX checkpoint
+    wiring: dict | None = None # which block feeds which, as from `get_config`; None is a chain
     model_type: str = "xlstm"
     source: dict = field(default_factory=dict, repr=False) # what it was read from
 
@@ -82,7 +83,7 @@ def parse_stack_config(
              vocab_size=whole(d, "vocab_size") if d.get("vocab_size", -1) not in (-1, None) else None)
     c |= {k: d[k] for k in ("bias", "dropout", "add_post_blocks_norm", "tie_weights", "add_embedding_dropout",
                             "max_inference_chunksize", "force_bos_token_insert", "bos_token_id", "eos_token_id",
-                            "pad_token_id", "quantization") if d.get(k) is not None}
+                            "pad_token_id", "quantization", "wiring") if d.get(k) is not None}
     if 0 in blocks:
         m = part(d, "mlstm_block", "mlstm")
         inner = widened(m, D, "mlstm", 2.)
@@ -239,8 +240,8 @@ def stack_structure(
 ) -> dict[str, tuple]: # setting -> (value, tensor that shows it)
     "The settings of a stack, read from its tensors."
     blocks = seen_in(tensors)
-    kinds = tuple({"mlstm": 0, "slstm": 1}.get(kind and kind.name) for kind, _ in blocks)
-    found = {"block_map": (kinds, blocks[-1][1]["size"].tensor)}
+    kinds = tuple({"mlstm": 0, "slstm": 1}.get(seen["kind"].value) for _, seen in blocks)
+    found = {"block_map": (kinds, blocks[-1][1]["kind"].tensor)}
     if (name := "token_embedding.weight") in tensors: found["vocab_size"] = tensors[name].shape[0], name
     names = {"size": "embedding_dim", "inner_dims": "inner_dims", "qkv_size": "qkv_size", "ffn_dims": "ffn_dims"}
     for kind, (_, seen) in zip(kinds, blocks):

@@ -73,7 +73,7 @@ class LanguageModel(nn.Module):
 
     @property
     def quant_predicate(self):
-        return lambda path, module: hasattr(module, "to_quantized") and not is_gate(path)
+        return lambda path, m: hasattr(m, "to_quantized") and not is_gate(path) and not hasattr(m, "sparsity_mask")
     @property
     def cast_predicate(self): return lambda path: not is_gate(path)
 

@@ -26,7 +26,7 @@ class Kind(NamedTuple):
     "How a block is recognised, and how one is made."
     name: str
     form: str # where it comes from
-    mark: str # a tensor that every block of this kind has, and no other
+    mark: str # names of tensors that only blocks of this kind have begin so
     size: str # a tensor with as many rows as the residual stream is wide
     sizes: dict # argument of the class -> tensor with as many rows, or [axis]; several names: the one that is there
     flags: dict # argument of the class -> tensor that is there if it is on
@@ -34,29 +34,29 @@ class Kind(NamedTuple):
     usual: Callable # size -> sizes that a neuron need not say
 
 kinds = [
-    Kind("mlstm", "xLSTM 7B", "mlstm_layer.multihead_norm.weight", "norm_mlstm.weight", dict(
+    Kind("mlstm", "xLSTM 7B", "mlstm_layer.", "norm_mlstm.weight", dict(
         num_heads="mlstm_layer.igate_preact.bias mlstm_layer.ifgate_preact.bias/2",
         qk_dims="mlstm_layer.q.weight mlstm_layer.qkv_opreact.weight/2", # joined: with the values
         v_dims="mlstm_layer.multihead_norm.weight",
         ffn_dims="ffn.proj_up.weight ffn.proj_up_gate_z.weight/2"),
         dict(bias="mlstm_layer.q.bias mlstm_layer.qkv_opreact.bias"), mLSTMBlock,
         lambda D: dict(num_heads=4, qk_dims=D // 2, v_dims=D, ffn_dims=round_up(8 * D / 3, 64))),
-    Kind("mlstm", "first paper", "xlstm.mlstm_cell.outnorm.weight", "xlstm_norm.weight", dict(
+    Kind("mlstm", "first paper", "xlstm.mlstm_cell.", "xlstm_norm.weight", dict(
         inner_dims="xlstm.learnable_skip", num_heads="xlstm.mlstm_cell.igate.bias",
         qkv_size="xlstm.q_proj.weight[1]", kernel_size="xlstm.conv1d.conv.weight[2]"),
         dict(bias="xlstm.proj_up.bias"), mLSTMPreUpBlock, lambda D: dict(num_heads=4, inner_dims=2 * D)),
-    Kind("slstm", "first paper", "xlstm.group_norm.weight", "xlstm_norm.weight", dict(
+    Kind("slstm", "first paper", "xlstm.slstm_cell.", "xlstm_norm.weight", dict(
         num_heads="xlstm.slstm_cell._recurrent_kernel_ xlstm.slstm_cell.recurrent_kernel",
         kernel_size="xlstm.conv1d.conv.weight[2]", ffn_dims="ffn.proj_up.weight/2"),
         dict(ffn_bias="ffn.proj_up.bias"), sLSTMBlock, lambda D: dict(num_heads=4)),
-    Kind("attention", "LFM2", "self_attn.q_layernorm.weight", "operator_norm.weight", dict(
+    Kind("attention", "LFM2", "self_attn.", "operator_norm.weight", dict(
         num_heads="self_attn.q_layernorm.weight", kv_heads="self_attn.k_proj.weight", # the size of a head says how many
         ffn_dims="ffn.proj_up.weight"), {}, AttentionBlock,
         lambda D: dict(num_heads=4, ffn_dims=round_up(8 * D / 3, 64))),
-    Kind("conv", "LFM2", "conv.conv.weight", "operator_norm.weight", dict(
+    Kind("conv", "LFM2", "conv.", "operator_norm.weight", dict(
         kernel_size="conv.conv.weight[2]", ffn_dims="ffn.proj_up.weight"), {}, ConvBlock,
         lambda D: dict(ffn_dims=round_up(8 * D / 3, 64))),
-    Kind("ffn", "LFM2", "norm_ffn.weight", "norm_ffn.weight", dict(ffn_dims="ffn.proj_up.weight"), {}, FFNBlock,
+    Kind("ffn", "LFM2", "norm_ffn.", "norm_ffn.weight", dict(ffn_dims="ffn.proj_up.weight"), {}, FFNBlock,
         lambda D: dict(ffn_dims=round_up(8 * D / 3, 64))),
 ]
 
@@ -78,21 +78,22 @@ def classify(
     shapes: dict, # a block's tensors: name -> something with a shape
 ) -> tuple[Kind, dict] | None: # its kind, and what is seen by argument; None where no kind fits
     "What a block is."
-    kind = next((k for k in kinds if k.mark in shapes and k.size in shapes), None)
+    marked = ((k, n) for k in kinds for n in sorted(shapes) if n.startswith(k.mark))
+    kind, mark = next(marked, (None, None))
     if kind is None: return None
-    seen = {key: s for key, where in {"size": kind.size, **kind.sizes}.items() if (s := look(where, shapes))}
+    seen = {"kind": Seen(kind.name, mark)} | {key: s for key, where in {"size": kind.size, **kind.sizes}.items() if (s := look(where, shapes))}
     seen |= {key: Seen(True, n) for key, names in kind.flags.items() for n in names.split() if n in shapes}
     return kind, refined(kind, seen)
 
 # %% ../../nbs/wiring/21_auto.ipynb #8ba2041d
 def refined(kind: Kind, seen: dict) -> dict:
     "Sizes that one shape alone does not show."
-    def put(key, value): seen[key] = Seen(value, seen[key].tensor)
-    if "qkv_opreact" in getattr(seen.get("qk_dims"), "tensor", ""): put("qk_dims", seen["qk_dims"].value - seen["v_dims"].value)
+    def put(key, f, *others): # where all is seen that it takes
+        if all(k in seen for k in (key, *others)): seen[key] = Seen(f(*(seen[k].value for k in (key, *others))), seen[key].tensor)
+    if "qkv_opreact" in getattr(seen.get("qk_dims"), "tensor", ""): put("qk_dims", lambda both, v: both - v, "v_dims")
     if kind.name == "attention":
-        head = seen["num_heads"].value
-        put("kv_heads", seen["kv_heads"].value // head), put("num_heads", seen["size"].value // head)
-    if kind.name == "slstm" and "kernel_size" not in seen: seen["kernel_size"] = Seen(0, kind.mark) # no convolution
+        put("kv_heads", lambda rows, head: rows // head, "num_heads"), put("num_heads", lambda head, D: D // head, "size")
+    if kind.name == "slstm" and "kernel_size" not in seen: seen["kernel_size"] = Seen(0, seen["kind"].tensor) # no convolution
     return seen
 
 # %% ../../nbs/wiring/21_auto.ipynb #537a83a1
@@ -105,8 +106,10 @@ def neuron_of(
         some = ", ".join(f"{n} {tuple(s.shape)}" for n, s in sorted(shapes.items())[:3])
         raise WiringError(f"block {j} is of no known kind: it has {some}{', ...' * (len(shapes) > 3)}")
     kind, seen = found
+    if lost := [tensor.split()[0] for key, tensor in {"size": kind.size, **kind.sizes}.items() if key not in seen]:
+        raise WiringError(f"block {j} is of kind {kind.name}, but has no {lost[0]}")
     sizes = {key: s.value for key, s in seen.items()}
-    return Neuron(kind.name, j, sizes.pop("size"), sizes)
+    return Neuron(sizes.pop("kind"), j, sizes.pop("size"), sizes)
 
 def shapes_of(block: nn.Module) -> dict: return dict(tree_flatten(block.parameters()))
 
@@ -148,7 +151,7 @@ def seen_in(
     "What the blocks of a checkpoint are."
     start, blocks = next((m[1] for n in tensors if (m := in_block.fullmatch(n))), ""), by_block(tensors)
     def whole(j, seen): return {key: Seen(s.value, f"{start}blocks.{j}.{s.tensor}") for key, s in seen.items()}
-    return [(found[0], whole(j, found[1])) if (found := classify(b)) else (None, whole(j, {"size": Seen(0, min(b))}))
+    return [(found[0], whole(j, found[1])) if (found := classify(b)) else (None, whole(j, {"kind": Seen(None, min(b))}))
             for j, b in blocks.items()]
 
 # %% ../../nbs/wiring/21_auto.ipynb #c3d0d15f
