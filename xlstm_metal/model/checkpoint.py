@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['bundled', 'hub_id', 'patterns', 'width', 'dtypes', 'CheckpointError', 'resolve', 'hub_errors', 'Tensor',
            'weight_files', 'numbers', 'check_sequence', 'read_headers', 'read_json', 'settings_file', 'parse_settings',
-           'read_config', 'structure', 'check_structure', 'check_names', 'more', 'load', 'as_dtype', 'build',
-           'load_file', 'choose', 'Info', 'info', 'nbytes', 'bits_in', 'count', 'headers', 'remote_headers', 'human',
-           'table', 'sizes_of']
+           'read_config', 'structure', 'check_structure', 'check_names', 'more', 'load', 'as_dtype', 'new_model',
+           'build', 'load_file', 'choose', 'Info', 'info', 'nbytes', 'bits_in', 'count', 'headers', 'remote_headers',
+           'human', 'table', 'sizes_of']
 
 # %% ../../nbs/model/34_checkpoint.ipynb #c85c19ad
 import json, re
@@ -252,13 +252,18 @@ def as_dtype(dtype) -> mx.Dtype:
     if dtype in dtypes: return dtypes[dtype]
     raise CheckpointError(f"dtype must be one of {', '.join(dtypes)}, not {dtype!r}")
 
-def build(config: xLSTMConfig, tensors: dict[str, Tensor], strict: bool = True) -> Model:
-    "A model with the checkpoint's structure and no weights yet."
+def new_model(config: xLSTMConfig) -> Model:
+    "The model that a config describes, with new weights."
     family = {xLSTMConfig: Model, WiredConfig: WiredModel, xLSTMStackConfig: xLSTMLMModel if config.vocab_size else xLSTMBlockStack}
     try:
         model = family[type(config)](config)
         if config.wiring: model.wiring = wiring_from_config(config.wiring)
     except WiringError as e: raise CheckpointError(f"the wiring in the config: {e}") from e
+    return model
+
+def build(config: xLSTMConfig, tensors: dict[str, Tensor], strict: bool = True) -> Model:
+    "A model with the checkpoint's structure and no weights yet."
+    model = new_model(config)
     if q := config.quantization:
         own = lambda path, m: f"{path}.scales" in tensors and (q.get(path) or True)
         nn.quantize(model, group_size=q["group_size"], bits=q["bits"],
