@@ -92,6 +92,7 @@ class FFNBlock(nn.Module):
 
     def __call__(self, x, state=None, mask=None): return x + self.ffn(self.norm_ffn(x)), () # nothing to remember
 
+# %% ../../nbs/blocks/19a_lfm2.ipynb #9406712e
 class OperatorBlock(nn.Module):
     "Norm, operator, residual; norm, feed-forward, residual (a layer of LFM2)."
     def __init__(self, dims: int, ffn_dims: int, norm_eps: float):
@@ -104,6 +105,7 @@ class OperatorBlock(nn.Module):
         x = x + h
         return x + self.ffn(self.norm_ffn(x)), state
 
+# %% ../../nbs/blocks/19a_lfm2.ipynb #9519651e
 class AttentionBlock(OperatorBlock):
     "Attention and feed-forward network, each behind a norm; its state grows with the text."
     kind, state_size = "attention", 3 # arrays: keys, values, which are real

@@ -145,6 +145,7 @@ class WiredConfig:
         return sum(slot.nbytes for slot in cache)
     def to_dict(self) -> dict: return {k: v for k, v in asdict(self).items() if v is not None}
 
+# %% ../../nbs/model/32a_wired.ipynb #5b8642ff
 def is_wired(d: dict) -> bool: # settings of a checkpoint
     "Whether settings say no more of a model than its wiring."
     return "wiring" in d and not {"hidden_size", "embedding_dim"} & d.keys()

@@ -33,6 +33,7 @@ class Kind(NamedTuple):
     cls: type # made from size, sizes and flags
     usual: Callable # size -> sizes that a neuron need not say
 
+# %% ../../nbs/wiring/21_auto.ipynb #1dbd1f72
 kinds = [
     Kind("mlstm", "xLSTM 7B", "mlstm_layer.", "norm_mlstm.weight", dict(
         num_heads="mlstm_layer.igate_preact.bias mlstm_layer.ifgate_preact.bias/2",

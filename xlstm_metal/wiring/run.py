@@ -150,6 +150,7 @@ class Wired:
         sizes = [self.blocks[w].state_size + (j in self._plan.late) for j, w in enumerate(self._plan.weights)]
         return [ArraysCache(max(1, n)) for n in sizes] # a slot cannot be empty
 
+# %% ../../nbs/wiring/22_run.ipynb #12a672fb
 def check_neuron(blocks: list, j: int, n): # of a wiring that is to run the blocks
     "Refuse a neuron that is not what its block is."
     if not 0 <= n.weights < len(blocks):
