@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['bundled', 'hub_id', 'patterns', 'width', 'dtypes', 'CheckpointError', 'resolve', 'hub_errors', 'Tensor',
            'weight_files', 'numbers', 'check_sequence', 'read_headers', 'read_json', 'settings_file', 'parse_settings',
-           'read_config', 'structure', 'check_structure', 'check_names', 'more', 'load', 'as_dtype', 'new_model',
-           'build', 'load_file', 'choose', 'Info', 'info', 'nbytes', 'bits_in', 'count', 'headers', 'remote_headers',
-           'human', 'table', 'sizes_of']
+           'parse', 'read_config', 'structure', 'check_structure', 'check_names', 'more', 'load', 'as_dtype',
+           'new_model', 'build', 'load_file', 'choose', 'Info', 'info', 'nbytes', 'bits_in', 'count', 'headers',
+           'remote_headers', 'human', 'table', 'sizes_of']
 
 # %% ../../nbs/model/34_checkpoint.ipynb #c85c19ad
 import json, re
@@ -156,9 +156,12 @@ def parse_settings(f: Path) -> tuple[dict, xLSTMConfig | xLSTMStackConfig]: # as
         try: d = yaml.safe_load(f.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise CheckpointError(f"{f} is not valid YAML") from e
     if not isinstance(d, dict): raise CheckpointError(f"{f} is not a dictionary of settings")
-    parse = parse_stack_config if is_stack(d) else parse_wired_config if is_wired(d) else parse_config
     try: return d, parse(d)
     except ValueError as e: raise CheckpointError(f"{f}: {e}") from e
+
+def parse(d: dict): # xLSTMConfig, xLSTMStackConfig or WiredConfig
+    "Settings of any family."
+    return (parse_stack_config if is_stack(d) else parse_wired_config if is_wired(d) else parse_config)(d)
 
 def read_config(folder: Path) -> tuple[xLSTMConfig | xLSTMStackConfig, str]: # and the name of the file
     f = settings_file(folder)

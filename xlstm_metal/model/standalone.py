@@ -18,7 +18,7 @@ parts = {
     "blocks.conv": "conv_plain conv_masked Taps Conv1dCell HeadwiseLinear",
     "blocks.recurrent": "never empty_state log_gates denominator mlstm_step log_decay read_all",
     "blocks.chunkwise": "chunk_states mlstm_chunkwise",
-    "blocks.mlstm": "mLSTMCell mLSTMLayer mLSTMBlock GateMaps mLSTMPreUpLayer mLSTMPreUpBlock",
+    "blocks.mlstm": "mLSTMCell GateLinear mLSTMLayer mLSTMBlock GateMaps mLSTMPreUpLayer mLSTMPreUpBlock",
     "blocks.slstm": "empty_slstm_state slstm_step slstm_loop powerlaw_bias sLSTMCell sLSTMLayer sLSTMBlock",
     "model.config": None, # all of it
     "model.xlstm": "Backbone LanguageModel Model is_gate adopt",
