@@ -24,3 +24,8 @@ def __getattr__(name):
 
 
 def __dir__(): return sorted({*globals(), *__all__})
+
+
+from .generation.mlx_lm import register as _register  # imports nothing of mlx-lm's
+
+_register()
