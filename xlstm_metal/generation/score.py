@@ -34,7 +34,7 @@ def log_probs(
 ) -> mx.array: # (N,) float32
     chosen, top = mx.take_along_axis(logits, ids[:, None], axis=-1), logits.max(-1, keepdims=True)
     p = mx.pad(mx.exp(logits - top), [(0, 0), (0, -logits.shape[1] % 256)])
-    total = p.reshape(len(p), -1, 256).sum(-1).sum(-1) # one long sum in float32 would be off in the fifth digit
+    total = p.reshape(p.shape[0], p.shape[1] // 256, 256).sum(-1).sum(-1) # one long sum in float32 would be off in the fifth digit
     return (chosen - top)[:, 0] - mx.log(total)
 
 def read_scored(state: State, ids: list[int]) -> list[np.ndarray]:
@@ -69,4 +69,5 @@ def score(
             parts += read_scored(state, piece)
             ids.append(np.array(piece, np.int32))
             show(sum(map(len, ids)), size)
+    if np.isnan(parts[-1]).any(): raise StateError("a single token has nothing before it that could predict it")
     return Score(np.concatenate(ids), np.concatenate(parts), state)
