@@ -69,5 +69,6 @@ def score(
             parts += read_scored(state, piece)
             ids.append(np.array(piece, np.int32))
             show(sum(map(len, ids)), size)
-    if np.isnan(parts[-1]).any(): raise StateError("a single token has nothing before it that could predict it")
-    return Score(np.concatenate(ids), np.concatenate(parts), state)
+    s = Score(np.concatenate(ids), np.concatenate(parts), state)
+    if np.isnan(s.logprobs).all(): raise StateError("a single token has nothing before it that could predict it")
+    return s
