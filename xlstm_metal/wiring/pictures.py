@@ -99,7 +99,7 @@ def untangled(cols: list[list], steps: list[list[tuple]], sweeps: int = 8) -> li
             at = {p: i for i, p in enumerate(cols[c + 1 if back else c - 1])}
             pairs, near = steps[c] if back else [(q, p) for p, q in steps[c - 1]], defaultdict(list)
             for p, q in pairs: near[p].append(at[q])
-            place = {p: np.mean(near[p]) if near[p] else i for i, p in enumerate(cols[c])}
+            place = {p: sum(near[p]) / len(near[p]) if near[p] else i for i, p in enumerate(cols[c])}
             cols = exchanged([*cols[:c], sorted(cols[c], key=place.get), *cols[c + 1:]], steps, c)
         best = min(best, cols, key=lambda cols: tangle(cols, steps))
     return best
@@ -123,7 +123,8 @@ def apart(
     gaps: np.ndarray, # least distances between neighbours
 ) -> np.ndarray:
     "The places nearest to what was wished that keep order and distances."
-    n, at = len(wish), np.cumsum([0, *gaps])
+    if (n := len(wish)) == 1: return wish
+    at = np.cumsum([0, *gaps])
     sums, means = np.cumsum([0, *(wish - at)]), np.full((n, n), np.inf)
     for j in range(n): means[j, j:] = (sums[j + 1:] - sums[j]) / np.arange(1, n - j + 1)
     lowest = np.minimum.accumulate(means[:, ::-1], axis=1)[:, ::-1]
@@ -168,8 +169,9 @@ def straightened(cols: list[list], gaps: list, steps: list[list[tuple]], at: dic
     for p, q in (step for pairs in steps for step in pairs):
         if leave[p] == come[q] == 1: piece[p].append(q); piece[q] = piece[p]
     for _ in range(40):
-        mean = {id(ps): np.mean([at[p] for p in ps]) for ps in piece.values()}
+        mean, before = {id(ps): sum(at[p] for p in ps) / len(ps) for ps in piece.values()}, at.copy()
         for col, g in zip(cols, gaps): at |= dict(zip(col, apart(np.array([mean[id(piece[p])] for p in col]), g)))
+        if max(abs(at[p] - before[p]) for p in at) < .01: break
     return at
 
 # %% ../../nbs/wiring/23_pictures.ipynb #93f3490b
