@@ -127,7 +127,9 @@ def test_info_of_7b_is_quick_and_small(tmp_path):
     r = run("info", "-m", tmp_path, "--show-wiring")
     took = time.perf_counter() - start
     assert r.returncode == 0, r.stderr
-    for fact in ("6,865,424,896", "27.5 GB stored", "134 MB per sequence", "8 of 256 (query, key) by 512 (value)", "32 mLSTM", "6 files", "block 31"): assert fact in r.stdout
+    for fact in ("6,865,424,896", "27.5 GB stored", "134 MB per sequence", "8 of 256 (query, key) by 512 (value)", "32 mLSTM", "6 files"): assert fact in r.stdout
+    assert r.stdout.endswith("\n  ↓\n".join(["ids ── embeddings 50304 x 4096", "blocks 0-31 ── 32 x mLSTM of 4096, 8 heads of 256 x 512, FFN 10944",
+                                              "out_norm", "lm_head ── logits 50304"]) + "\n")
     assert took < 2, took
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024 < 2000 # MB, the largest child of this whole run; models here are small
 
@@ -209,6 +211,10 @@ def test_a_stack_in_the_terminal(tmp_path, capsys):
     assert (sizes["num_blocks"], sizes["num_heads"]) == (3, 4) and sizes["parameters"] > 4096 * 64
     assert main(["info", "-m", str(folder), "--show-wiring", "--wiring-style", "ascii"]) == 0
     out = capsys.readouterr().out
-    assert "2 mLSTM, 1 sLSTM (msm)" in out and "block 1 -- sLSTM 4 heads 8, FFN 64" in out
+    assert "2 mLSTM, 1 sLSTM (msm)" in out and out.isascii()
+    drawn = out[out.index("ids --"):].rstrip().split("\n  v\n")
+    assert [l.split(" -- ")[0] for l in drawn] == ["ids", "block 0", "block 1", "block 2", "post_blocks_norm", "lm_head"]
+    assert drawn[0].endswith("embeddings 4096 x 32") and drawn[1].replace(" 0 ", " 2 ") == drawn[3] and "mLSTM of 32, 4 heads of 16 x 16" in drawn[1]
+    assert drawn[2] == "block 1 -- sLSTM of 32, 4 heads of 8, FFN 64, kernel 4" and drawn[5].endswith("logits 4096")
     assert main(["convert", str(folder), f"{folder}2"]) == 2
     assert "exists already" in capsys.readouterr().err

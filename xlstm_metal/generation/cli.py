@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['parser', 'add_convert', 'add_generation', 'add_score', 'add_device', 'add_wiring', 'main', 'run', 'write',
-           'use_device', 'say', 'speed', 'check_files', 'saved', 'chat', 'turn', 'listen', 'judge', 'chain']
+           'use_device', 'say', 'speed', 'check_files', 'saved', 'chat', 'turn', 'listen', 'judge', 'wiring']
 
 # %% ../../nbs/generation/43_cli.ipynb #2164814c
 import argparse, json, os, sys
@@ -108,7 +108,7 @@ def run(args) -> int:
     if describe or getattr(args, "show_wiring", False):
         i = info(args.model, args.revision)
         if describe: print(i)
-        if args.show_wiring: print(chain(i.config, args.wiring_style))
+        if args.show_wiring: print(wiring(args.model, args.revision, args.wiring_style))
         if describe or args.prompt is None and not args.interactive: return 0
     return write(args)
 
@@ -239,19 +239,18 @@ def judge(args) -> int:
     return 0
 
 # %% ../../nbs/generation/43_cli.ipynb #4fd8e348
-def chain(c, style: str = "unicode") -> str: # settings of either family
-    "A model as a chain of blocks, in text."
-    down, bar = ("↓", "──") if style == "unicode" else ("v", "--")
-    if hasattr(c, "block_map"):
-        size, DH = c.inner_dims // c.mlstm_heads, c.embedding_dim // c.slstm_heads
-        kinds = f"mLSTM {c.mlstm_heads} heads {size} x {size}", f"sLSTM {c.slstm_heads} heads {DH}, FFN {c.ffn_dims}"
-        blocks, norm = [kinds[kind] for kind in c.block_map], ["post_blocks_norm"] * c.add_post_blocks_norm
-    else:
-        NH, qk, v = c.num_heads, c.qk_dims // c.num_heads, c.v_dims // c.num_heads
-        blocks = [f"mLSTM {NH} heads {qk} x {v}, FFN {c.ffn_dims}"] * c.num_hidden_layers
-        norm = ["out_norm"] * c.add_out_norm
-    nodes = [f"block {b} {bar} {what}" for b, what in enumerate(blocks)] + norm
-    if c.vocab_size:
-        head = "the embeddings again" if c.tie_word_embeddings else "lm_head"
-        nodes = [f"ids {bar} embeddings {c.vocab_size} x {c.hidden_size}", *nodes, f"{head} {bar} logits {c.vocab_size}"]
-    return f"\n  {down}\n".join(nodes)
+def wiring(path, revision: str | None = None, style: str = "unicode") -> str: # folder, hub id or None; unicode or ascii
+    "A checkpoint's wiring in letters, from headers alone."
+    from xlstm_metal.model.checkpoint import CheckpointError, headers
+    from xlstm_metal.wiring.auto import AutoWiring
+    from xlstm_metal.wiring.pictures import diagram
+    from xlstm_metal.wiring.wiring import WiringError
+    config, _, tensors = headers(path, revision, None)
+    try: found = AutoWiring(tensors)
+    except WiringError as e: raise CheckpointError(f"{path or 'the bundled model'}: {e}") from e
+    norm = [n for n in ("out_norm", "post_blocks_norm") if any(t.endswith(f"{n}.weight") for t in tensors)]
+    if found.vocab_size is None: return diagram(found, style, after=[*norm, "output"])
+    tied = found.tied or getattr(config, "tie_weights", False) # upstream stores a tied head a second time
+    head = "the embeddings again" if tied else "lm_head"
+    return diagram(found, style, [f"ids ── embeddings {found.vocab_size} x {found.neurons[0].size}"],
+                   [*norm, f"{head} ── logits {found.vocab_size}"])
