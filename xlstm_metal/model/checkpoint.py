@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['bundled', 'hub_id', 'patterns', 'width', 'dtypes', 'CheckpointError', 'resolve', 'hub_errors', 'Tensor',
            'weight_files', 'numbers', 'check_sequence', 'read_headers', 'read_json', 'settings_file', 'parse_settings',
-           'read_config', 'structure', 'check_structure', 'check_names', 'more', 'load', 'as_dtype', 'build',
-           'load_file', 'Info', 'info', 'nbytes', 'count', 'headers', 'remote_headers', 'human', 'table', 'sizes_of']
+           'parse', 'read_config', 'structure', 'check_structure', 'check_names', 'more', 'load', 'as_dtype',
+           'new_model', 'build', 'load_file', 'choose', 'Info', 'info', 'nbytes', 'bits_in', 'count', 'headers',
+           'remote_headers', 'human', 'table', 'sizes_of']
 
 # %% ../../nbs/model/34_checkpoint.ipynb #c85c19ad
 import json, re
@@ -20,6 +21,7 @@ from mlx.utils import tree_flatten
 from .config import xLSTMConfig, parse_config
 from .stack import is_stack, parse_stack_config, stack_structure
 from .stack import xLSTMBlockStack, xLSTMLMModel, xLSTMStackConfig
+from .quantize import make_room, packed_weights, recipe
 from .wired import is_wired, parse_wired_config, WiredConfig, WiredModel
 from .xlstm import Model
 from ..wiring.auto import seen_in
@@ -154,9 +156,12 @@ def parse_settings(f: Path) -> tuple[dict, xLSTMConfig | xLSTMStackConfig]: # as
         try: d = yaml.safe_load(f.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise CheckpointError(f"{f} is not valid YAML") from e
     if not isinstance(d, dict): raise CheckpointError(f"{f} is not a dictionary of settings")
-    parse = parse_stack_config if is_stack(d) else parse_wired_config if is_wired(d) else parse_config
     try: return d, parse(d)
     except ValueError as e: raise CheckpointError(f"{f}: {e}") from e
+
+def parse(d: dict): # xLSTMConfig, xLSTMStackConfig or WiredConfig
+    "Settings of any family."
+    return (parse_stack_config if is_stack(d) else parse_wired_config if is_wired(d) else parse_config)(d)
 
 def read_config(folder: Path) -> tuple[xLSTMConfig | xLSTMStackConfig, str]: # and the name of the file
     f = settings_file(folder)
@@ -226,6 +231,7 @@ def load(
     path: str | Path | None = None, # folder or hub id; None is the bundled model
     dtype: mx.Dtype | str | None = None, # float32, bfloat16, float16; None: bfloat16 on a GPU, float32 on a CPU
     *,
+    quantize: int | str | None = None, # 4, 8 or "mixed" bits for each weight; see `model.quantize`
     strict: bool = True, # False lets unexpected tensors pass; missing ones never pass
     revision: str | None = None, # branch, tag or commit on the hub
     token: str | None = None, # for private and gated repositories
@@ -237,7 +243,8 @@ def load(
     tensors = read_headers(folder)
     check_structure(tensors, config, source)
     model = build(config, tensors, strict)
-    for f in weight_files(folder): load_file(model, f, dtype)
+    chosen = choose(model, quantize) if quantize else {}
+    for f in weight_files(folder): load_file(model, f, dtype, chosen)
     return model.eval(), load_tokenizer(folder, config)
 
 # %% ../../nbs/model/34_checkpoint.ipynb #5aea6ab8
@@ -248,13 +255,18 @@ def as_dtype(dtype) -> mx.Dtype:
     if dtype in dtypes: return dtypes[dtype]
     raise CheckpointError(f"dtype must be one of {', '.join(dtypes)}, not {dtype!r}")
 
-def build(config: xLSTMConfig, tensors: dict[str, Tensor], strict: bool = True) -> Model:
-    "A model with the checkpoint's structure and no weights yet."
+def new_model(config: xLSTMConfig) -> Model:
+    "The model that a config describes, with new weights."
     family = {xLSTMConfig: Model, WiredConfig: WiredModel, xLSTMStackConfig: xLSTMLMModel if config.vocab_size else xLSTMBlockStack}
     try:
         model = family[type(config)](config)
         if config.wiring: model.wiring = wiring_from_config(config.wiring)
     except WiringError as e: raise CheckpointError(f"the wiring in the config: {e}") from e
+    return model
+
+def build(config: xLSTMConfig, tensors: dict[str, Tensor], strict: bool = True) -> Model:
+    "A model with the checkpoint's structure and no weights yet."
+    model = new_model(config)
     if q := config.quantization:
         own = lambda path, m: f"{path}.scales" in tensors and (q.get(path) or True)
         nn.quantize(model, group_size=q["group_size"], bits=q["bits"],
@@ -262,15 +274,24 @@ def build(config: xLSTMConfig, tensors: dict[str, Tensor], strict: bool = True) 
     check_names(model, tensors, strict)
     return model
 
-def load_file(model: Model, file: Path, dtype: mx.Dtype):
-    "Put one file's tensors into the model, cast."
+def load_file(model: Model, file: Path, dtype: mx.Dtype, chosen: dict = {}): # chosen: maps to quantise
+    "Put one file's tensors into the model, cast and packed."
     names = dict(tree_flatten(model.parameters())).keys()
     def cast(n, a):
         if not mx.issubdtype(a.dtype, mx.floating): return a
         return a.astype(dtype if model.cast_predicate(n) else mx.float32)
     weights = [(n, cast(n, a)) for n, a in model.sanitize(mx.load(str(file))).items() if n in names]
+    if chosen: weights = list(packed_weights(dict(weights), chosen).items())
     mx.eval([a for _, a in weights])
     model.load_weights(weights, strict=False)
+
+def choose(model: Model, quantize: int | str) -> dict: # path -> group_size and bits
+    "Prepare a model for weights that are quantised as they are loaded."
+    if model.args.quantization: raise CheckpointError("this checkpoint is quantised already; load it without quantize")
+    try: chosen = recipe(model, quantize)
+    except ValueError as e: raise CheckpointError(str(e)) from e
+    make_room(model, chosen)
+    return chosen
 
 # %% ../../nbs/model/34_checkpoint.ipynb #b67e4645
 @dataclass
@@ -302,7 +323,7 @@ def info(
     layout = ["first paper" if stack else "wired" if wired else "Hugging Face" if source == "config.json" else "NX-AI"]
     if any("qkv_opreact" in n for n in tensors): layout.append("fused")
     if not head and table: layout.append("tied")
-    if c.quantization: layout.append(f"quantised to {c.quantization['bits']} bits")
+    if c.quantization: layout.append(f"quantised to {bits_in(c.quantization)} bits")
     weight_bytes = sum(map(nbytes, tensors.values()))
     return Info(name=str(path or "bundled model"), config=c, layout=", ".join(layout),
                 files=len({t.file for t in tensors.values()}), parameters=count(tensors, c),
@@ -312,6 +333,10 @@ def info(
 # %% ../../nbs/model/34_checkpoint.ipynb #8b6d86db
 from math import prod
 def nbytes(t: Tensor) -> int: return prod(t.shape) * width[t.dtype]
+
+def bits_in(q: dict) -> str: # quantization of a config
+    own = {v["bits"] for v in q.values() if isinstance(v, dict)}
+    return " and ".join(map(str, sorted(own | {q["bits"]})))
 
 def count(tensors: dict[str, Tensor], c: xLSTMConfig) -> int:
     "Parameters; of a quantised map the numbers it stands for, not the words that store them."

@@ -11,10 +11,12 @@ import json, pickle, shutil
 from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from .checkpoint import (CheckpointError, Tensor, as_dtype, build, check_structure, parse_settings,
+from .checkpoint import (CheckpointError, Tensor, as_dtype, build, check_structure, choose, parse_settings,
     read_headers, resolve, settings_file, weight_files)
 from .config import config_dict, xLSTMConfig
+from .quantize import packed_weights
 from .stack import xLSTMStackConfig
+from .standalone import finish, template_text
 from .wired import WiredConfig
 from ..wiring.auto import fused as joined
 
@@ -107,7 +109,7 @@ def write_shards(folder: Path, weights: dict, to: str, limit: float = 5e9):
         if len(shards) == 1: return "model.safetensors"
         return f"model_{j}.safetensors" if to == "nxai" else f"model-{j + 1:05d}-of-{len(shards):05d}.safetensors"
     for j, shard in enumerate(shards): mx.save_safetensors(str(folder / file(j)), shard, metadata={"format": "pt"})
-    if len(shards) > 1 and to == "hf":
+    if len(shards) > 1 and to != "nxai":
         where = {name: file(j) for j, shard in enumerate(shards) for name in shard}
         index = {"metadata": {"total_size": sum(w.nbytes for w in weights.values())}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
@@ -116,16 +118,23 @@ def write_shards(folder: Path, weights: dict, to: str, limit: float = 5e9):
 def convert(
     source: str | Path | None, # folder, hub id, or a pickle of PyTorch; None is the bundled model
     out: str | Path, # a folder that does not exist yet, or is empty
-    to: str = "hf", # "nxai": the original package's names
+    to: str | None = None, # "hf"; "nxai": the original package's names; "mlx": for plain mlx-lm, see `model.standalone`
     *,
+    quantize: int | str | None = None, # 4, 8 or "mixed" bits for each weight, see `model.quantize`; `to` is then "mlx"
+    chat_template: str | Path | None = None, # "plain" or a file; None: the checkpoint's, if it has one
     fused: bool = False, # join queries, keys, values, gates as upstream's weight_mode "fused" does
     recurrent: str = "vanilla", # or "cuda": how NX-AI's form stores recurrent kernels
     dtype: mx.Dtype | str | None = None, # float32, bfloat16, float16 (gates stay float32); None: as stored
     config: str | Path | None = None, # settings of a pickle that has none beside it
 ) -> Path: # the folder
     "Rewrite a checkpoint. Raises `CheckpointError` before anything is written; a folder appears whole or not at all."
-    for name, value, options in (("to", to, ("hf", "nxai")), ("recurrent", recurrent, ("vanilla", "cuda"))):
+    to = to or ("mlx" if quantize else "hf")
+    for name, value, options in (("to", to, ("hf", "nxai", "mlx")), ("recurrent", recurrent, ("vanilla", "cuda"))):
         if value not in options: raise CheckpointError(f"{name} must be one of {', '.join(options)}, not {value!r}")
+    if quantize and to != "mlx": raise CheckpointError(f"quantised maps are for MLX alone: to must be mlx, not {to}")
+    if fused and to == "mlx": raise CheckpointError("mlx-lm knows no joined maps: leave out fused")
+    try: template = template_text(chat_template) if chat_template else None
+    except ValueError as e: raise CheckpointError(str(e)) from e
     out = Path(out).expanduser()
     if out.exists() and (out.is_file() or any(out.iterdir())): raise CheckpointError(f"{out} exists already")
     folder, file, raw, c, weights, tensors = read_anything(source, config)
@@ -138,6 +147,9 @@ def convert(
     if dtype is not None:
         to_type = as_dtype(dtype)
         weights = {n: w.astype(to_type if model.cast_predicate(n) else mx.float32) for n, w in weights.items()}
+    if quantize:
+        weights = packed_weights(weights, choose(model, quantize))
+        raw = raw | {"quantization": c.quantization}
     if to == "nxai": weights = to_nxai(weights, c, recurrent)
     if fused: weights = join(weights)
     new = out.with_name(out.name + ".partial")
@@ -147,6 +159,8 @@ def convert(
     write_settings(new, raw, c, to, fused)
     for f in folder.iterdir():
         if f.name.startswith(beside): shutil.copy(f, new)
+    if template: (new / "chat_template.jinja").write_text(template)
+    if to == "mlx": finish(new, c)
     if out.exists(): out.rmdir()
     return new.rename(out)
 

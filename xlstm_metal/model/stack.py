@@ -66,7 +66,7 @@ class xLSTMStackConfig:
         mlstm = heads * (size * (size + 1) + 1) + (self.mlstm_kernel_size - 1) * self.inner_dims
         slstm = (4 + max(self.slstm_kernel_size - 1, 0)) * self.embedding_dim
         return 4 * sum(slstm if kind else mlstm for kind in self.block_map)
-    def to_dict(self) -> dict: return dict(self.source)
+    def to_dict(self) -> dict: return self.source | ({"quantization": self.quantization} if self.quantization else {})
 
 # %% ../../nbs/model/32_stack.ipynb #9a58b2cc
 def is_stack(d: dict) -> bool: # settings of a checkpoint
