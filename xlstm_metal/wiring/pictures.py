@@ -271,7 +271,7 @@ def curve(s: Sketch, line: Line) -> list[tuple[float, float]]: # a point, then t
         a, b = points[-1], s.ends[line, 1] if isinstance(q, str) else (there.x - half, y)
         if not ahead or here.row != there.row: # round a corner
             far = abs(b[1] - a[1])
-            bend = np.sign(a[0] - here.x) * (min(12 + .3 * far, 120) if ahead else 10 + min(.16 * far, 36))
+            bend = np.sign(a[0] - here.x) * (min(12 + .3 * far, 120) if ahead else 10 + min(.14 * far, 50))
             points += [(a[0] + bend, a[1]), (b[0] + bend, b[1]), b]
         else: points += [((a[0] + b[0]) / 2, a[1]), ((a[0] + b[0]) / 2, b[1]), b]
         if isinstance(q, Lane): points += [b, (there.x + half, y), (there.x + half, y)]
