@@ -218,3 +218,18 @@ def test_a_stack_in_the_terminal(tmp_path, capsys):
     assert drawn[2] == "block 1 -- sLSTM of 32, 4 heads of 8, FFN 64, kernel 4" and drawn[5].endswith("logits 4096")
     assert main(["convert", str(folder), f"{folder}2"]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_wiring_of_a_tied_head_and_of_none(tmp_path, capsys):
+    d = dict(embedding_dim=32, num_blocks=2, vocab_size=50, mlstm_block=dict(mlstm=dict(num_heads=4)), tie_weights=True)
+    weights = dict(tree_flatten(xLSTMLMModel(parse_stack_config(d)).parameters()))
+    ends = {"tied": (weights | {"lm_head.weight": weights["token_embedding.weight"]}, d, "ids -- embeddings 50 x 32", "the embeddings again -- logits 50"),
+            "none": ({n.removeprefix("xlstm_block_stack."): w for n, w in weights.items() if n != "token_embedding.weight"},
+                     {k: v for k, v in d.items() if k not in ("vocab_size", "tie_weights")}, "input", "output")}
+    for name, (tensors, config, first, last) in ends.items(): # upstream stores a tied head a second time
+        (tmp_path / name).mkdir()
+        mx.save_safetensors(str(tmp_path / name / "model.safetensors"), tensors)
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        assert main(["info", "-m", str(tmp_path / name), "--show-wiring", "--wiring-style", "ascii"]) == 0
+        drawn = capsys.readouterr().out.split("\n  v\n")
+        assert drawn[0].endswith("\n" + first) and drawn[1].startswith("blocks 0-1 -- 2 x mLSTM of 32, 4 heads of 16 x 16") and drawn[2:] == ["post_blocks_norm", last + "\n"]
