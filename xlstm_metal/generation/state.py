@@ -121,8 +121,9 @@ class Source:
         for more, s in self:
             ids, size, skip = ids + more[skip:], size + s, max(0, skip - len(more))
             while len(ids) >= n:
-                yield ids[:n], size
-                ids, size = ids[n:], 0
+                part = size * n // len(ids)
+                yield ids[:n], part
+                ids, size = ids[n:], size - part
         if ids: yield ids, size
 
 # %% ../../nbs/generation/40_state.ipynb #84abe08d
@@ -148,7 +149,7 @@ def shown(progress, source: Source):
         yield lambda tokens, size: progress and progress(tokens)
         return
     from tqdm.auto import tqdm
-    with tqdm(total=source.size, unit=source.unit, unit_scale=True, desc="reading") as bar:
+    with tqdm(total=source.size, unit=source.unit, unit_scale=True, desc="reading", miniters=0) as bar:
         def show(tokens, size):
             bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
             bar.update(size)
@@ -166,6 +167,8 @@ def prefill(
 
     Ctrl-C (`KeyboardInterrupt`) leaves the state behind the last whole piece; its message says where that is."""
     if state.rows > 1: raise StateError(f"one text is read, but the state has {state.rows} rows")
+    if not 0 <= skip <= state.tokens:
+        raise StateError(f"skip must be between 0 and the {state.tokens} tokens that the state has read, not {skip}")
     start = state.tokens - skip
     source = Source(source, tokenizer, state.model.args, start == 0)
     with shown(progress, source) as show:
@@ -175,8 +178,7 @@ def prefill(
                 show(state.tokens - start, size)
         except KeyboardInterrupt:
             n = state.tokens - start
-            raise KeyboardInterrupt(f"stopped after {n} tokens, which the state has read: "
-                                    f"prefill(..., skip={n}) goes on from there") from None
+            raise KeyboardInterrupt(f"stopped after {n} tokens, which the state has read: skip {n} to go on") from None
     return state
 
 State.prefill = prefill
