@@ -22,11 +22,12 @@ from xlstm_metal.model.config import xLSTMConfig
 from xlstm_metal.model.tokenizer import encode_pieces
 
 HERE = Path(__file__).parent
-FIXTURES = {"bundled": None, "stack of both cells": HERE / "fixtures" / "stack_tiny"}
+STACK = HERE / "fixtures" / "stack_tiny"
+FIXTURES = {"bundled": (None, mx.float32), "stack": (STACK, mx.float32), "stack in bfloat16": (STACK, mx.bfloat16)}
 
 
 @pytest.fixture(params=FIXTURES, scope="module")
-def model(request): return load(FIXTURES[request.param], mx.float32)[0]
+def model(request): return load(*FIXTURES[request.param])[0]
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +360,7 @@ def test_score_is_the_loss_of_transformers():
 
 
 def test_score_of_a_stack_after_a_saved_state(tmp_path):
-    model, _ = load(FIXTURES["stack of both cells"], mx.float32)
+    model, _ = load(STACK, mx.float32)
     ids = np.random.default_rng(0).integers(0, 60, 600).tolist()
     whole = score(model, None, ids)
     State(model).read(ids[:123]).save(tmp_path / "s")
