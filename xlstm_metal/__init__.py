@@ -11,7 +11,8 @@ _home = {
     "Model": "model.xlstm", "xLSTMConfig": "model.config",
     "generate": "generation.generate", "stream": "generation.generate",
     "xLSTMRunner": "generation.runner",
-    "convert": "model.convert", "save": "model.convert", "xLSTM": "model.layer", "WiredModel": "model.wired",
+    "State": "generation.state", "score": "generation.score",
+    "convert": "model.convert", "xLSTM": "model.layer",
 }
 __all__ = ["__version__", *_home]
 

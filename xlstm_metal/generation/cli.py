@@ -57,6 +57,7 @@ def add_generation(s, name):
     if name == "generate":
         add("--prompt", "-p", help="text to continue; - reads standard input")
         add("--file", "-f", help="read this text first, of any length; it is not shown")
+        add("--skip", type=int, default=0, metavar="N", help="so many tokens of it were read before --load-state")
         add("--load-state", metavar="FILE", help="go on from a place that was saved")
         add("--save-state", metavar="FILE", help="save the place where this ends, after Ctrl-C too")
         add("--interactive", "-i", action="store_true", help="the same as chat; a prompt comes first")
@@ -133,7 +134,7 @@ def write(args) -> int:
         raise GenerationError(f"{args.model} has no tokenizer, so it cannot read or write text")
     if place: runner.state = runner.state.load(place, runner.model)
     with saved(runner, keep):
-        if file: runner.state.prefill(Path(file), runner.tokenizer, progress=sys.stderr.isatty() or None)
+        if file: runner.state.prefill(Path(file), runner.tokenizer, sys.stderr.isatty() or None, args.skip)
         if talk: return chat(runner, wishes, prompt)
         print(prompt or "", end="", flush=True)
         last = say(runner.stream(prompt or "", **wishes))
