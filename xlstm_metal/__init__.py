@@ -12,7 +12,7 @@ _home = {
     "generate": "generation.generate", "stream": "generation.generate",
     "xLSTMRunner": "generation.runner",
     "State": "generation.state", "score": "generation.score",
-    "convert": "model.convert", "xLSTM": "model.layer",
+    "convert": "model.convert", "save": "model.convert", "xLSTM": "model.layer", "WiredModel": "model.wired",
 }
 __all__ = ["__version__", *_home]
 
@@ -25,3 +25,8 @@ def __getattr__(name):
 
 
 def __dir__(): return sorted({*globals(), *__all__})
+
+
+from .generation.mlx_lm import register as _register  # imports nothing of mlx-lm's
+
+_register()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['choices', 'dear', 'quantizable', 'sample', 'rounded', 'prices', 'recipe', 'in_config', 'make_room', 'packed_weights',
-           'Quality', 'assess', 'unpacked', 'compare']
+           'Quality', 'assess', 'unpacked', 'compare', 'report']
 
 # %% ../../nbs/model/38_quantize.ipynb #e6ba597d
 import hashlib
@@ -119,7 +119,7 @@ def assess(
     "Measure a model on the held-out files."
     from mlx_lm.utils import compute_bits_per_weight
     from xlstm_metal.train.train import bits_per_byte
-    ids, n_bytes = sample(tokenizer, model.args.bos_token_id, max(tokens, 513))
+    ids, n_bytes = sample(tokenizer, model.args.bos_token_id, max(tokens, 513)) if tokenizer else ([], 0)
     nbytes = sum(w.nbytes for _, w in tree_flatten(model.parameters()))
     each = compute_bits_per_weight(model)
     if len(ids) < 513: return Quality(nbytes, each, None, None, 0)
@@ -140,6 +140,22 @@ def compare(rows: dict[str, Quality]) -> str: # a table
     lines = [f"{'':12s} {'weights':>9s} {'bits each':>10s} {'bits per byte':>14s} {'perplexity':>11s}"]
     for name, q in rows.items():
         quality = (f"{q.bits_per_byte:14.4f} {q.perplexity:11.3f}" if q.tokens
-                   else "  no held-out text: this Python came without its sources")
+                   else "  not measured: no tokenizer, or a Python without sources")
         lines.append(f"{name:12s} {human(q.nbytes):>9s} {q.bits:10.2f} {quality}")
     return "\n".join(lines)
+
+# %% ../../nbs/model/38_quantize.ipynb #586ed8a5
+def report(
+    source, # as for `load`
+    copy, # the folder of its quantised copy
+    tokens: int = 8192, # at least so many
+) -> str: # a table
+    "What quantisation won and lost."
+    from xlstm_metal.model.checkpoint import CheckpointError, load
+    rows = {}
+    for name, path in (("before", source), ("after", copy)):
+        try: model, tokenizer = load(path)
+        except CheckpointError: continue # a pickle, which only `convert` reads
+        rows[name] = assess(model, tokenizer, tokens)
+        del model # before the next one
+    return compare(rows)
