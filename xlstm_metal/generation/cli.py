@@ -60,7 +60,6 @@ def add_generation(s, name):
     add("--seed", type=int, help="make chance repeatable")
     add("--stop", action="append", help="stop before this text; may be given several times")
     add_device(s)
-    add("--quantize", choices=("4", "8", "mixed"), help="bits for each weight while this runs (as stored)")
     if name == "generate":
         add("--prompt", "-p", help="text to continue; - reads standard input")
         add("--file", "-f", help="read this text first, of any length; it is not shown")
@@ -81,6 +80,7 @@ def add_score(s):
 def add_device(s):
     s.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
                    help="of the weights (bfloat16 on a GPU, float32 on a CPU)")
+    s.add_argument("--quantize", choices=("4", "8", "mixed"), help="bits for each weight while this runs (as stored)")
     s.add_argument("--device", choices=("cpu", "gpu"), help="where to compute (a GPU where there is one)")
 
 def add_wiring(s):
@@ -249,7 +249,7 @@ def judge(args) -> int:
     from xlstm_metal.generation.score import score
     from xlstm_metal.generation.state import State
     from xlstm_metal.model.checkpoint import load
-    model, tokenizer = load(args.model, args.dtype, revision=args.revision)
+    model, tokenizer = load(args.model, args.dtype, revision=args.revision, quantize=args.quantize)
     state = State.load(args.load_state, model) if args.load_state else None
     s = score(model, tokenizer, source, state, progress=sys.stderr.isatty() or None)
     if args.tokens:
