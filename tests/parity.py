@@ -38,6 +38,7 @@ from fixtures.make import stack_gradients, stack_greedy, stack_model, stack_step
 import xlstm_metal as xm  # noqa: E402
 from xlstm_metal.blocks.chunkwise import mlstm_chunkwise  # noqa: E402
 from xlstm_metal.blocks.recurrent import mlstm_parallel, mlstm_recurrent, mlstm_step  # noqa: E402
+from xlstm_metal.generation.score import score  # noqa: E402
 from xlstm_metal.model.checkpoint import bundled  # noqa: E402
 from xlstm_metal.train.train import lm_loss  # noqa: E402
 
@@ -310,6 +311,10 @@ def compare(row, folder, answer, dtype=mx.float32, limits=LIMITS):
         loss, grads = nn.value_and_grad(model, objective)(model)
         grads = dict(tree_flatten(grads))
         row.put("loss", distance(loss.reshape(1), answer.loss.reshape(1)))
+        if answer.weights is None:
+            model.eval()
+            judged = np.mean([-score(model, None, one).logprobs[1:] for one in np.array(ids)], dtype=np.float64)
+            row.put("loss", abs(judged - answer.loss.item()), "of score")
         if different := set(grads) ^ set(answer.grads): row.notes.append(f"parameters differ: {sorted(different)}")
         # the head norm takes the scale out that an input-gate bias shifts: its gradient may cancel to almost nothing
         floor = 1e-3 * max(g.abs().max().item() for g in answer.grads.values())

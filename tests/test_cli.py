@@ -1,27 +1,35 @@
 "The command line as a process: what people type, what goes wrong, and how it ends."
+import fcntl
 import json
 import os
 import pty
 import resource
+import select
 import shutil
 import signal
 import struct
 import subprocess
 import sys
+import termios
 import time
 from math import prod
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
 from xlstm_metal.generation.cli import main
 from xlstm_metal.generation.runner import xLSTMRunner
-from xlstm_metal.model.checkpoint import bundled
+from xlstm_metal.generation.score import score
+from xlstm_metal.generation.state import State
+from xlstm_metal.model.checkpoint import bundled, load
 from xlstm_metal.model.stack import parse_stack_config, xLSTMLMModel
+from xlstm_metal.model.tokenizer import encode
 
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+FIXTURES = Path(__file__).parent / "fixtures"
 XLSTM = [sys.executable, "-m", "xlstm_metal"]
 
 
@@ -73,6 +81,12 @@ def refused(*args, **kw):
     (["generate", "-p", "x", "-m", "nobody"], "a hub id looks like owner/name"),
     (["generate", "-p", "x", "-m", "nobody/nothing"], "not in the local cache, and the hub cannot be reached"),
     (["info", "-m", "nobody/nothing"], "not in the local cache, and the hub cannot be reached"),
+    (["generate", "-p", "x", "-m", "nobody", "--load-state", "./nothing"], "there is no file ./nothing"),
+    (["generate", "-m", "nobody", "--load-state", __file__], "test_cli.py is not a state file"),
+    (["generate", "-p", "x", "-m", "nobody", "--save-state", "/no/such/state"], "there is no folder /no/such"),
+    (["generate", "-m", "nobody", "-f", "./nothing"], "there is no file nothing"),
+    (["score", "-m", "nobody", "-f", "./nothing"], "there is no file nothing"),
+    (["score", "-m", "nobody", "-f", __file__, "--load-state", __file__], "test_cli.py is not a state file"),
 ])
 def test_refusals(args, says, tmp_path):
     assert says in refused(*args, env={"HF_HOME": str(tmp_path)})
@@ -127,7 +141,9 @@ def test_info_of_7b_is_quick_and_small(tmp_path):
     r = run("info", "-m", tmp_path, "--show-wiring")
     took = time.perf_counter() - start
     assert r.returncode == 0, r.stderr
-    for fact in ("6,865,424,896", "27.5 GB stored", "134 MB per sequence", "8 of 256 (query, key) by 512 (value)", "32 mLSTM", "6 files", "block 31"): assert fact in r.stdout
+    for fact in ("6,865,424,896", "27.5 GB stored", "134 MB per sequence", "8 of 256 (query, key) by 512 (value)", "32 mLSTM", "6 files"): assert fact in r.stdout
+    assert r.stdout.endswith("\n  ↓\n".join(["ids ── embeddings 50304 x 4096", "blocks 0-31 ── 32 x mLSTM of 4096, 8 heads of 256 x 512, FFN 10944",
+                                              "out_norm", "lm_head ── logits 50304"]) + "\n")
     assert took < 2, took
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024 < 2000 # MB, the largest child of this whole run; models here are small
 
@@ -160,12 +176,13 @@ def terminal(*args):
     "Start a command on a terminal of its own; its process id and a function that reads until a text appears."
     pid, fd = pty.fork()
     if pid == 0: os.execve(sys.executable, [*XLSTM, *args], ENV)
+    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0)) # a bar needs some width
     text = bytearray()
 
     def until(want, within=60, after=0):
         end = time.time() + within
         while want.encode() not in text[after:]:
-            assert time.time() < end, text.decode(errors="replace")
+            assert time.time() < end and select.select([fd], [], [], end - time.time())[0], text.decode(errors="replace")
             try: text.extend(os.read(fd, 4096))
             except OSError: break # the terminal is closed
         return len(text)
@@ -209,6 +226,88 @@ def test_a_stack_in_the_terminal(tmp_path, capsys):
     assert (sizes["num_blocks"], sizes["num_heads"]) == (3, 4) and sizes["parameters"] > 4096 * 64
     assert main(["info", "-m", str(folder), "--show-wiring", "--wiring-style", "ascii"]) == 0
     out = capsys.readouterr().out
-    assert "2 mLSTM, 1 sLSTM (msm)" in out and "block 1 -- sLSTM 4 heads 8, FFN 64" in out
+    assert "2 mLSTM, 1 sLSTM (msm)" in out and out.isascii()
+    drawn = out[out.index("ids --"):].rstrip().split("\n  v\n")
+    assert [l.split(" -- ")[0] for l in drawn] == ["ids", "block 0", "block 1", "block 2", "post_blocks_norm", "lm_head"]
+    assert drawn[0].endswith("embeddings 4096 x 32") and drawn[1].replace(" 0 ", " 2 ") == drawn[3] and "mLSTM of 32, 4 heads of 16 x 16" in drawn[1]
+    assert drawn[2] == "block 1 -- sLSTM of 32, 4 heads of 8, FFN 64, kernel 4" and drawn[5].endswith("logits 4096")
     assert main(["convert", str(folder), f"{folder}2"]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_wiring_of_a_tied_head_and_of_none(tmp_path, capsys):
+    d = dict(embedding_dim=32, num_blocks=2, vocab_size=50, mlstm_block=dict(mlstm=dict(num_heads=4)), tie_weights=True)
+    weights = dict(tree_flatten(xLSTMLMModel(parse_stack_config(d)).parameters()))
+    ends = {"tied": (weights | {"lm_head.weight": weights["token_embedding.weight"]}, d, "ids -- embeddings 50 x 32", "the embeddings again -- logits 50"),
+            "none": ({n.removeprefix("xlstm_block_stack."): w for n, w in weights.items() if n != "token_embedding.weight"},
+                     {k: v for k, v in d.items() if k not in ("vocab_size", "tie_weights")}, "input", "output")}
+    for name, (tensors, config, first, last) in ends.items(): # upstream stores a tied head a second time
+        (tmp_path / name).mkdir()
+        mx.save_safetensors(str(tmp_path / name / "model.safetensors"), tensors)
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        assert main(["info", "-m", str(tmp_path / name), "--show-wiring", "--wiring-style", "ascii"]) == 0
+        drawn = capsys.readouterr().out.split("\n  v\n")
+        assert drawn[0].endswith("\n" + first) and drawn[1].startswith("blocks 0-1 -- 2 x mLSTM of 32, 4 heads of 16 x 16") and drawn[2:] == ["post_blocks_norm", last + "\n"]
+
+
+def test_a_state_goes_from_process_to_process(tmp_path, capsys):
+    place, text = tmp_path / "place", tmp_path / "text"
+    text.write_text("class Queue:\n    def __init__(self):\n        self.items = []\n\n")
+    r = run("generate", "-f", text, "-p", "    def put(", "--max-tokens", 12, "--save-state", place)
+    assert r.returncode == 0 and r.stdout.startswith("    def put(") and "saved a state of" in r.stderr
+    assert main(["generate", "--load-state", str(place), "--max-tokens", "12"]) == 0
+    later = capsys.readouterr().out
+    assert main(["generate", "-f", str(text), "-p", "    def put(", "--max-tokens", "24"]) == 0
+    assert capsys.readouterr().out == r.stdout[:-1] + later
+    assert main(["generate", "-m", str(FIXTURES / "hf_tiny"), "--load-state", str(place)]) == 2  # it has no tokenizer
+    other = tmp_path / "other"
+    shutil.copytree(bundled, other)
+    config = json.loads((other / "config.json").read_text()) | dict(norm_eps=1e-5)
+    (other / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert main(["generate", "-m", str(other), "--load-state", str(place)]) == 2
+    assert "place is the state of another model: its settings are others" in capsys.readouterr().err
+
+
+def test_ctrl_c_saves_what_was_read(tmp_path):
+    "A long file, on a terminal with a bar, stopped while it is read; and an answer, stopped while it is written."
+    small, text, place = tmp_path / "small", tmp_path / "text", tmp_path / "place"
+    shutil.copytree(bundled, small)
+    config = json.loads((small / "config.json").read_text()) | dict(max_inference_chunksize=64) # pieces that take a moment
+    (small / "config.json").write_text(json.dumps(config))
+    text.write_text("def f(x):\n    return x + 1\n\n" * 40_000)
+    pid, fd, until = terminal("generate", "-m", str(small), "-f", str(text), "--save-state", str(place))
+    until(" tokens]")
+    os.write(fd, b"\x03")
+    until("stopped after")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    model, tokenizer = load(small)
+    state = State.load(place, model)
+    n = state.tokens
+    assert n % 64 == 0 and n > 0
+    ids = encode(tokenizer, text.read_text()[:20 * n], model.args)
+    assert mx.array_equal(state.logits, State(model).read(ids[:n]).logits)
+    text.write_text(text.read_text()[:20 * n]) # no more than this, to read on from there
+    assert main(["generate", "-m", str(small), "-f", str(text), "--skip", str(n), "--load-state", str(place), "--save-state", str(place),
+                 "--max-tokens", "0"]) == 0
+    assert mx.array_equal(State.load(place, model).logits, State(model).read(ids).logits)
+    p = subprocess.Popen([*XLSTM, "generate", "--load-state", place, "--save-state", tmp_path / "later", "--max-tokens", "9999"],
+                         stdout=subprocess.PIPE, env=ENV)
+    for _ in range(12): os.read(p.stdout.fileno(), 4096)
+    p.send_signal(signal.SIGINT)
+    p.communicate(timeout=30)
+    assert p.returncode == 130 and State.load(tmp_path / "later", model).tokens > n + 10
+
+
+def test_score(tmp_path, capsys):
+    text = tmp_path / "text"
+    text.write_text("import os\nimport sys\n")
+    assert main(["score", "-f", str(text), "--tokens"]) == 0
+    *rows, last = capsys.readouterr().out.splitlines()
+    rows = [(int(t), float(p), json.loads(s)) for t, p, s in (row.split("\t") for row in rows)]
+    assert "".join(s for *_, s in rows[1:]) == text.read_text()
+    assert last == str(score(*load(), text)) and f"{len(rows)} tokens" in last
+    assert abs(np.exp(-np.mean([p for _, p, _ in rows[1:]])) / float(last.split()[-1][:-1]) - 1) < 1e-3
+    r = run("score", "-f", "-", input=text.read_text())
+    assert (r.stdout, r.stderr) == (last + "\n", "")
+    assert "the text is empty" in refused("score", "-f", "-", input="")

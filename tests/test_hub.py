@@ -136,3 +136,10 @@ def test_info_takes_headers_only(hub):
     assert python(hub, LOAD.format("someone/tiny", "")).returncode == 0
     hub.shutdown(); hub.server_close()
     assert info().returncode == 0 # all of it is in the cache now
+
+
+def test_wiring_takes_headers_only(hub):
+    r = subprocess.run([sys.executable, "-m", "xlstm_metal", "info", "-m", "someone/tiny", "--show-wiring"], capture_output=True, text=True, env=hub.env, timeout=60)
+    assert r.returncode == 0, r.stderr
+    assert "blocks 0-1 ── 2 x mLSTM of " in r.stdout and "lm_head ── logits " in r.stdout
+    assert hub.sent < 300_000 < (FOLDER / "model.safetensors").stat().st_size

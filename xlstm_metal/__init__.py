@@ -11,6 +11,7 @@ _home = {
     "Model": "model.xlstm", "xLSTMConfig": "model.config",
     "generate": "generation.generate", "stream": "generation.generate",
     "xLSTMRunner": "generation.runner",
+    "State": "generation.state", "score": "generation.score",
     "convert": "model.convert", "save": "model.convert", "xLSTM": "model.layer", "WiredModel": "model.wired",
 }
 __all__ = ["__version__", *_home]

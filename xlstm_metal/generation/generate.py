@@ -63,9 +63,12 @@ def tokens(
         token = sampler(logprobs)
         if processors: seen = mx.concatenate([seen, token.astype(mx.int32)])
         mx.async_eval(token, logprobs)
-        state.feed(token)
-        mx.async_eval(state.logits, [slot.state for slot in state.cache])
-        yield token.item(), logprobs[0]
+        ahead = state.fork()
+        ahead.feed(token)
+        mx.async_eval(ahead.logits, [slot.state for slot in ahead.cache])
+        chosen = token.item()
+        state.move(ahead)
+        yield chosen, logprobs[0]
 
 # %% ../../nbs/generation/41_generate.ipynb #7557002d
 def release(
@@ -96,7 +99,7 @@ class Piece:
 def stream(
     model: Model,
     tokenizer, # from `load`
-    prompt: str | list[int], # text, or ids that are used as they are
+    prompt: str | list[int], # text, or ids that are used as they are; may be empty if a state has read something
     *,
     state: State | None = None, # go on from here; None begins a text
     progress=None, # called with the number of prompt tokens read so far
@@ -108,8 +111,9 @@ def stream(
     sampling = Sampling(**wishes)
     if tokenizer is None:
         raise GenerationError("this checkpoint has no tokenizer, so it cannot read or write text")
-    if len(prompt) == 0: raise GenerationError("the prompt is empty")
     fresh, V = state is None or state.tokens == 0, model.args.vocab_size
+    if len(prompt) == 0 and fresh: raise GenerationError("the prompt is empty")
+    if state and state.rows > 1: raise GenerationError(f"one text is written, but the state has {state.rows} rows")
     ids = encode(tokenizer, prompt, model.args, start=fresh) if isinstance(prompt, str) else list(prompt)
     if bad := [t for t in ids if not 0 <= t < V]:
         raise GenerationError(f"token id {bad[0]} is outside the vocabulary of {V}")
@@ -138,7 +142,7 @@ def pieces(state, tokenizer, ids, sampling, progress):
 def detokenizer_after(tokenizer, ids: list[int]):
     "A detokenizer that has seen the end of the prompt: at the very start of a text it would drop a space."
     text = tokenizer.detokenizer
-    for t in ids[-4:]: text.add_token(t)
+    for t in ids[-4:] or tokenizer.encode("x", add_special_tokens=False): text.add_token(t)
     text.finalize()
     text.last_segment # up to here all is known
     return text

@@ -34,9 +34,7 @@ class xLSTMRunner:
         if ids.ndim == 1: ids = ids[None]
         if ids.ndim != 2 or ids.shape[0] != 1 or ids.size == 0:
             raise GenerationError(f"ids must have the shape (S,) or (1, S), S at least 1, not {ids.shape}")
-        logits = self.model(ids, self.state.cache)
-        self.state.logits, self.state.tokens = logits[:, -1], self.state.tokens + ids.shape[1]
-        return logits
+        return self.state.forward(ids)
 
     def stream(self, prompt: str, **wishes): # yields `Piece`
         "Read a prompt and write on from it, piece by piece; arguments as for `generation.generate.stream`."

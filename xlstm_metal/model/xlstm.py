@@ -48,6 +48,8 @@ class LanguageModel(nn.Module):
     @property
     def layers(self) -> list: return self.wired.blocks
     def make_cache(self) -> list: return for_batches(self.wired.make_cache())
+    @property
+    def piece(self) -> int: return min(self.args.max_inference_chunksize, 2048) # most tokens read in one go
 
     def __call__(self,
         inputs: mx.array, # token ids (B, S)
@@ -60,11 +62,11 @@ class LanguageModel(nn.Module):
     def prefill(self,
         ids: mx.array, # (B, S) int, S >= 1, any length
         cache: list, # from `make_cache`; changed in place
-        piece: int | None = None, # tokens per piece; the config's `max_inference_chunksize`, but at most 2048
+        piece: int | None = None, # tokens per piece
         progress=None, # called with the number of tokens read, after each piece
     ) -> mx.array: # logits of the last token (B, V) float32
         "Read a long input in bounded memory."
-        S, piece = ids.shape[1], piece or min(self.args.max_inference_chunksize, 2048)
+        S, piece = ids.shape[1], piece or self.piece
         for t in range(0, S, piece):
             x = self.hidden(ids[:, t:t + piece], cache)
             mx.eval([slot.state for slot in cache])

@@ -66,6 +66,24 @@ class Executable:
 
     def __eq__(self, other): return type(self) is type(other) and self.get_config() == other.get_config()
 
+    def draw_graph(self, layout="stages", neuron_colors=None, synapse_colors=None, draw_labels=False):
+        "With matplotlib, as `ncps` does; gives back handles for a legend."
+        from xlstm_metal.wiring.pictures import draw_graph
+        return draw_graph(self, layout, neuron_colors, synapse_colors, draw_labels)
+
+    def diagram(self, style="unicode") -> str: # or ascii
+        "In letters, for a terminal."
+        from xlstm_metal.wiring.pictures import diagram
+        return diagram(self, style)
+
+    def _repr_html_(self):
+        from xlstm_metal.wiring.pictures import html
+        return html(self)
+
+    def __repr__(self):
+        from xlstm_metal.wiring.pictures import summary
+        return f"<{type(self).__name__}: {summary(self)}>"
+
 # %% ../../nbs/wiring/20_wiring.ipynb #4710c69b
 def circles(wiring: Executable) -> list[list[int]]: # by neuron
     "With whom each neuron is in a circle; at least with itself."
