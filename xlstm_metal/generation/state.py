@@ -237,7 +237,7 @@ def load_state(
     "A state from a file. Raises `StateError` for anything but a state of this model that is whole."
     arrays, notes = read_arrays(path)
     for what, own in fingerprint(model).items():
-        if notes[what] != own: raise StateError(f"{path} is the state of another model: its {what} are others")
+        if notes.get(what) != own: raise StateError(f"{path} is the state of another model: its {what} are others")
     state = State(model)
     state.counts = json.loads(notes["tokens"])
     check_layout(path, state, arrays)
