@@ -28,7 +28,7 @@ def digest(
     total = hashlib.sha256(json.dumps(notes, sort_keys=True).encode())
     for name, a in sorted(arrays.items()):
         total.update(f"{name} {a.dtype} {a.shape}".encode())
-        total.update(np.array(mx.view(a, mx.uint8)))
+        total.update(np.ascontiguousarray(mx.view(mx.contiguous(a), mx.uint8)))
     return total.hexdigest()
 
 # %% ../../nbs/generation/39_files.ipynb #f95e31dd
