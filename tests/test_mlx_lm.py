@@ -1,6 +1,11 @@
-"What mlx-lm does with a model, done with ours: batches, pieces, quantisation, adapters, copies."
+"What mlx-lm does with a model, done with ours: batches, pieces, quantisation, adapters, copies; and its commands, one by one."
 import copy
+import json
+import math
+import os
 import pickle
+import subprocess
+import sys
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,7 +15,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 import xlstm_metal as xm
+from xlstm_metal.generation.cli import main
+from xlstm_metal.model.checkpoint import bundled as BUNDLED
+from xlstm_metal.model.config import xLSTMConfig
+from xlstm_metal.model.convert import convert, save
+from xlstm_metal.model.stack import parse_stack_config, xLSTMLMModel
 from xlstm_metal.model.tokenizer import encode
+from xlstm_metal.model.xlstm import Model
 
 PROMPTS = ["class A:\n", "import os\nimport sys\n\ndef main(argv):\n    for name in", "x", "def read(path, mode='r'):\n    with open("]
 
@@ -102,3 +113,237 @@ def test_storage_types(bundled, dtype):
     logits = model(ids, cache)
     assert logits.dtype == mx.float32 and {a.dtype for slot in cache for a in slot.cache} == {mx.float32}
     assert mx.abs(logits - bundled[0](ids)).max() < {"float32": 1e-6, "bfloat16": .4, "float16": .05}[dtype]
+
+
+def small(kind):
+    "A small model of either family whose gates matter, untrained."
+    mx.random.seed(1)
+    if kind == "7B": model = Model(xLSTMConfig(vocab_size=4096, hidden_size=64, num_hidden_layers=2, num_heads=2, bos_token_id=0, force_bos_token_insert=True))
+    else:
+        cell = dict(num_heads=2)
+        model = xLSTMLMModel(parse_stack_config(dict(embedding_dim=64, num_blocks=3, vocab_size=4096, slstm_at=[1], bos_token_id=0,
+                                                     mlstm_block=dict(mlstm=cell), slstm_block=dict(slstm=cell, feedforward={}))))
+    model.update(dict(model.parameters()))
+    model.load_weights([(n, a + .2 * mx.random.normal(a.shape)) for n, a in tree_flatten(model.parameters())])
+    return model
+
+
+@pytest.mark.parametrize("kind", ["7B", "stack"])
+def test_both_families_in_batches_and_files(kind, tmp_path, bundled):
+    from mlx_lm.generate import batch_generate, generate_step
+    from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
+    model, tokenizer = small(kind), bundled[1]
+    prompts = [tokenizer.encode(p) for p in PROMPTS]
+    def greedy(ids, **kw): return [t for t, _ in generate_step(mx.array(ids), model, max_tokens=10, **kw)]
+    alone = [greedy(ids) for ids in prompts]
+    assert len({tuple(a) for a in alone}) == len(alone) # else a mix-up would not be seen
+    r = batch_generate(model, tokenizer, prompts, max_tokens=10, return_token_ids=True, return_prompt_caches=True, prefill_step_size=3)
+    assert [list(t) for t in r.token_ids] == alone
+    for ids, first, cache in zip(prompts, alone, r.caches): # what a batch leaves behind goes on, also through a file
+        save_prompt_cache(str(tmp_path / "c.safetensors"), cache)
+        again = [greedy([5], prompt_cache=c) for c in (load_prompt_cache(str(tmp_path / "c.safetensors")), cache)]
+        assert again == [greedy([*ids, *first, 5])] * 2
+
+
+def test_extracted_rows_let_the_batch_go(bundled):
+    model, _ = bundled
+    rows = [model.make_cache() for _ in range(16)]
+    for n, cache in enumerate(rows): mx.eval(model(mx.array([[0, n + 2]]), cache), [s.state for s in cache])
+    slots = [type(s[0]).merge(list(s)) for s in zip(*rows)]
+    del rows, cache
+    mx.eval([s.state for s in slots]); mx.clear_cache()
+    full = mx.get_active_memory()
+    one = [s.extract(7) for s in slots]
+    del slots
+    mx.synchronize(); mx.clear_cache()
+    freed, whole = full - mx.get_active_memory(), 16 * sum(s.nbytes for s in one)
+    assert freed > .85 * whole, (freed, whole)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    "A folder with text for tools that want some, and a float32 copy of the bundled model."
+    folder = tmp_path_factory.mktemp("mlx")
+    convert(None, folder / "model", to="mlx", dtype="float32")
+    files = [f"def f{n}(x, y):\n    'Add {n}.'\n    total = x + y + {n}\n    return total\n" for n in range(160)]
+    (folder / "data").mkdir()
+    for name, part in (("train", files[:140]), ("valid", files[140:150]), ("test", files[150:])):
+        (folder / "data" / f"{name}.jsonl").write_text("".join(json.dumps(dict(text=t)) + "\n" for t in part))
+    (folder / ".cache/mlx-lm").mkdir(parents=True)
+    (folder / ".cache/mlx-lm/calibration_v5.txt").write_text("".join(files[:50])) # where mlx-lm keeps what it would download
+    (folder / "few").mkdir()
+    (folder / "few/train.jsonl").write_text("".join(json.dumps(dict(text=t)) + "\n" for t in files[:8]))
+    return folder
+
+
+@pytest.fixture
+def mlx(home, monkeypatch, capfd):
+    "Run `xlstm-metal mlx` in that folder; what it printed."
+    monkeypatch.chdir(home)
+    for name, value in dict(HOME=home, HF_HOME=home / "hf", HF_HUB_OFFLINE=1, HF_DATASETS_OFFLINE=1).items(): monkeypatch.setenv(name, str(value))
+    def run(*argv, status=0):
+        code = main(["mlx", *map(str, argv)])
+        out, err = capfd.readouterr()
+        assert code == status, (out, err)
+        return out if status == 0 else err
+    return run
+
+
+def spoken(out): return out.split("=" * 10)[1].strip()
+
+
+def test_mlx_generate_and_cache_prompt(mlx):
+    out = mlx("generate", "--model", "model", "-p", "class Stack:\n    def push(self,", "-m", 12)
+    ours = xm.generate(*xm.load("model"), "class Stack:\n    def push(self,", max_tokens=12)
+    assert spoken(out) == ours.strip()
+    mlx("cache_prompt", "--model", "model", "--prompt", "class Stack:\n    def push(", "--prompt-cache-file", "p.safetensors")
+    assert spoken(mlx("generate", "--prompt-cache-file", "p.safetensors", "-p", "self,", "-m", 12)) == ours.strip()
+    assert "does nothing" not in out
+
+
+def test_mlx_help_is_theirs(mlx):
+    assert "--prefill-step-size" in mlx("generate", "--help") and "xlstm-metal mlx generate" in mlx("generate", "--help")
+    overview = mlx("--help")
+    assert all(word in overview for word in "generate chat server convert lora fuse evaluate perplexity benchmark cache_prompt enable disable".split())
+
+
+def test_mlx_convert(mlx, home):
+    mlx("convert", "--hf-path", "model", "--mlx-path", "q4", "-q")
+    config = json.loads((home / "q4/config.json").read_text())
+    assert config["quantization"]["bits"] == 4 and config["model_file"] == "xlstm.py" and (home / "q4/xlstm.py").exists()
+    model, _ = xm.load("q4")
+    assert {n.split(".")[-2] for n, a in tree_flatten(model.parameters()) if n.endswith("scales")} & {"igate_preact", "fgate_preact"} == set()
+    ours, _ = xm.load("model", quantize=4)
+    ids = mx.array([[0, 5, 9, 300]])
+    assert mx.array_equal(model(ids), ours(ids))
+
+
+def test_mlx_lora_and_fuse(mlx, home):
+    mlx("lora", "--model", "model", "--train", "--data", "data", "--iters", 6, "--batch-size", 2, "--num-layers", 2, "--max-seq-length", 48,
+              "--learning-rate", "3e-3", "--adapter-path", "adapters", "--steps-per-report", 3, "--steps-per-eval", 6, "--val-batches", 1)
+    mlx("fuse", "--model", "model", "--adapter-path", "adapters", "--save-path", "fused")
+    from mlx_lm.utils import load
+    adapted, fused, plain = load("model", adapter_path="adapters")[0], xm.load("fused")[0], xm.load("model")[0]
+    ids = mx.array([[0, 5, 9, 300]])
+    assert mx.abs(adapted(ids) - fused(ids)).max() < 1e-3 < mx.abs(adapted(ids) - plain(ids)).max()
+
+
+def test_mlx_evaluate(mlx, home):
+    (home / "texts.yaml").write_text(f"""task: texts
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {home}/data/test.jsonl}}}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: bits_per_byte}}]
+""")
+    mlx("evaluate", "--model", "model", "--tasks", "texts.yaml", "--limit", 4)
+    said = json.loads(next(home.glob("eval_model_*")).read_text())["texts"]["bits_per_byte,none"]
+    model, tokenizer = xm.load("model")
+    texts = [json.loads(line)["text"] for line in (home / "data/test.jsonl").read_text().splitlines()[:4]]
+    nats = 0
+    for t in texts:
+        ids = mx.array([encode(tokenizer, t, model.args)])
+        nats += nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:], reduction="sum").item()
+    assert abs(said - nats / math.log(2) / sum(len(t.encode()) for t in texts)) < 1e-4
+
+
+def test_mlx_perplexity_and_benchmark(mlx):
+    assert "Perplexity:" in mlx("perplexity", "--model", "model", "--data-path", "data", "--num-samples", 4, "--sequence-length", 40)
+    for batch in (1, 2): assert "generation_tps" in mlx("benchmark", "--model", "model", "-p", 12, "-g", 6, "-n", 1, "-b", batch)
+
+
+def plain(*argv, block=(), **kw):
+    "mlx-lm's own command in a process that cannot import some packages."
+    code = f"import sys\nfor m in {list(block)}: sys.modules[m] = None\nfrom mlx_lm.cli import main\nmain()"
+    env = os.environ | dict(HF_HUB_OFFLINE="1", MLX_DISABLE_COMPILE="1")
+    return subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True, env=env, timeout=120, **kw)
+
+
+@pytest.fixture(scope="module")
+def chatty(home):
+    convert(None, home / "chatty", quantize="mixed", chat_template="plain", dtype="float32")
+    return home / "chatty"
+
+
+def test_a_quantised_copy_runs_with_plain_mlx_lm(chatty, mlx):
+    argv = "generate", "--model", chatty, "-p", "class Queue:", "-m", 10, "--ignore-chat-template"
+    assert "requires importing" in plain(*argv).stderr # nothing is run unless its user says so
+    r = plain(*argv, "--trust-remote-code", block=["xlstm_metal"])
+    assert r.returncode == 0, r.stderr
+    ours = xm.generate(*xm.load(chatty), "class Queue:", max_tokens=10)
+    assert spoken(r.stdout) == spoken(mlx(*argv)) == ours.strip()
+
+
+def test_mlx_chat(chatty, mlx):
+    assert "no chat template" in mlx("chat", "--model", "model", status=2)
+    code = "import sys; from xlstm_metal.generation.cli import main; sys.exit(main())"
+    r = subprocess.run([sys.executable, "-c", code, "mlx", "chat", "--model", chatty, "-m", "8"], input="write a class\nq\n", capture_output=True, text=True,
+                       env=os.environ | dict(HF_HUB_OFFLINE="1"), timeout=120)
+    assert r.returncode == 0, r.stderr
+    tokenizer = xm.load(chatty)[1]
+    prompt = tokenizer.apply_chat_template([dict(role="user", content="write a class")], add_generation_prompt=True, tokenize=False)
+    assert prompt == "<|endoftext|>User: write a class\n\nAssistant:"
+    answer = xm.generate(*xm.load(chatty), prompt, max_tokens=8)
+    assert answer.split()[0] in r.stdout
+
+
+def test_refused_before_work(mlx):
+    assert "state does not know" in mlx("generate", "--model", "model", "--draft-model", "model", status=2)
+    assert "--quantize mixed" in mlx("convert", "--model", "model", "-q", "--quant-predicate", "mixed_4_6", status=2)
+    assert "there is no folder ./nowhere" in mlx("perplexity", "--model", "./nowhere", status=2)
+    assert "no such command" in mlx("paint", status=2)
+
+
+@pytest.fixture(scope="module")
+def tiny(home, bundled):
+    return save(small("7B"), home / "tiny", bundled[1])
+
+
+@pytest.mark.parametrize("argv", [
+    ("awq", "--num-samples", 4, "--sequence-length", 32, "--n-grid", 4), ("gptq", "--num-samples", 4, "--sequence-length", 32),
+    ("dwq", "--data-path", "few", "--num-samples", 4, "--max-seq-length", 32, "--batch-size", 2), ("dynamic_quant", "--target-bpw", 4.9)], ids=lambda a: a[0])
+def test_learned_quantisation(argv, tiny, mlx, home):
+    out = home / argv[0]
+    mlx(argv[0], "-m", "tiny", "--mlx-path", out, *argv[1:])
+    before, after = xm.load("tiny", dtype=mx.float32)[0], xm.load(out, dtype=mx.float32)[0]
+    packed = {n.removesuffix(".scales").split(".")[-1] for n, _ in tree_flatten(after.parameters()) if n.endswith("scales")}
+    assert {"q", "proj_down", "lm_head"} <= packed and not {"igate_preact", "fgate_preact"} & packed
+    a, b = (dict(tree_flatten(m.parameters())) for m in (before, after))
+    gates = [n for n in a if "igate" in n or "fgate" in n]
+    assert gates and all(b[n].dtype == mx.float32 for n in gates)
+    ids = mx.array([[0, 5, 9, 300, 17, 40]])
+    off = mx.abs(mx.softmax(before(ids)) - mx.softmax(after(ids))).sum(-1).max().item()
+    assert 0 < off < .9
+
+
+def test_awq_and_stacks(mlx, home, bundled):
+    save(small("stack"), home / "stack", bundled[1])
+    assert "models of the 7B form only" in mlx("awq", "--model", "stack", status=2)
+    assert "Generation:" in mlx("generate", "--model", "stack", "-p", "def f(", "-m", 4) # mlx-lm runs them otherwise
+
+
+def test_tokens_of_a_copy(tmp_path):
+    "xLSTM 7B's traps: a tokenizer without BOS in a class that rebuilds itself, and an end that is an exclamation mark."
+    from tokenizers import Tokenizer
+    import shutil
+    source = tmp_path / "source"
+    shutil.copytree(BUNDLED, source)
+    config = json.loads((source / "config.json").read_text()) | dict(eos_token_id=2)
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "generation_config.json").write_text(json.dumps(dict(eos_token_id=2, bos_token_id=0)))
+    about = json.loads((source / "tokenizer_config.json").read_text()) | dict(tokenizer_class="GPTNeoXTokenizer")
+    (source / "tokenizer_config.json").write_text(json.dumps(about))
+    convert(source, tmp_path / "copy", to="mlx")
+    from mlx_lm.tokenizer_utils import load
+    from mlx_lm.utils import load_config
+    eos = load_config(tmp_path / "copy")["eos_token_id"]
+    tokenizer = load(tmp_path / "copy", eos_token_ids=eos) # as plain mlx-lm calls it
+    assert tokenizer.eos_token_ids == {0}
+    raw = Tokenizer.from_file(str(source / "tokenizer.json"))
+    for text in ("def f(x):\n    return x", " a", "\n\n", ""):
+        assert tokenizer.encode(text) == [0, *raw.encode(text).ids]
+        assert tokenizer.encode(text, add_special_tokens=False) == raw.encode(text).ids
+    model, ours = xm.load(tmp_path / "copy")
+    assert encode(ours, "x", model.args) == tokenizer.encode("x") # not two

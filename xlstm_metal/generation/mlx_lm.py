@@ -232,6 +232,7 @@ def dressed(model):
     try: yield
     finally:
         for m, cls in old: m.__class__ = cls
+        for _, m in model.named_modules(): m.pop("input_feat", None) # what AWQ notes down and then leaves to be saved
 
 # %% ../../nbs/generation/47_mlx_lm.ipynb #5df87e4f
 def shim() -> Path:

@@ -147,6 +147,7 @@ def convert(
     if dtype is not None:
         to_type = as_dtype(dtype)
         weights = {n: w.astype(to_type if model.cast_predicate(n) else mx.float32) for n, w in weights.items()}
+        raw = raw | {"torch_dtype": str(to_type).removeprefix("mlx.core.")}
     if quantize:
         weights = packed_weights(weights, choose(model, quantize))
         raw = raw | {"quantization": c.quantization}

@@ -45,19 +45,19 @@ def rounded(w: mx.array, group_size: int = 64, bits: int = 4) -> mx.array:
 def prices(
     model: nn.Module,
     ids: list[int], n_bytes: int, # from `sample`
-    bits: int = 4, # of the one map that is quantised
+    group=lambda path: path, # maps of the same group are quantised together
+    bits: int = 4,
     length: int = 512, # ids read at once
-    progress=lambda maps: maps, # wraps the list of maps, as `tqdm` does
-) -> dict[str, float]: # path -> bits per byte
-    "What it costs to quantise one map at a time."
+) -> dict[str, float]: # group -> millibits per byte and million weights
+    "What it costs to quantise a group of maps and no others."
     from xlstm_metal.train.train import bits_per_byte
-    cost, maps = {}, quantizable(model)
-    before = bits_per_byte(model, ids, n_bytes, length)
-    for path in progress(list(maps)):
-        w = maps[path].weight
-        maps[path].weight = rounded(w, 64 if w.shape[-1] % 64 == 0 else 32, bits)
-        cost[path] = bits_per_byte(model, ids, n_bytes, length) - before
-        maps[path].weight = w
+    groups = {}
+    for path, m in quantizable(model).items(): groups.setdefault(group(path), []).append((m, m.weight))
+    before, cost = bits_per_byte(model, ids, n_bytes, length), {}
+    for name, maps in groups.items():
+        for m, w in maps: m.weight = rounded(w, 64 if w.shape[-1] % 64 == 0 else 32, bits)
+        cost[name] = 1e9 * (bits_per_byte(model, ids, n_bytes, length) - before) / sum(w.size for _, w in maps)
+        for m, w in maps: m.weight = w
     return cost
 
 # %% ../../nbs/model/38_quantize.ipynb #f927ad63
