@@ -10,7 +10,7 @@ _home = {
     "load": "model.checkpoint", "info": "model.checkpoint",
     "Model": "model.xlstm", "xLSTMConfig": "model.config",
     "generate": "generation.generate", "stream": "generation.generate",
-    "xLSTMRunner": "generation.runner",
+    "xLSTMRunner": "generation.runner", "Playground": "generation.widgets",
     "convert": "model.convert", "xLSTM": "model.layer",
 }
 __all__ = ["__version__", *_home]
