@@ -14,6 +14,7 @@ from xlstm_metal.generation.score import score
 from xlstm_metal.generation.state import State, batch
 from xlstm_metal.model.checkpoint import load
 from xlstm_metal.numerics import soft_cap
+from xlstm_metal.model.wired import WiredModel
 from xlstm_metal.wiring.wiring import Neuron, xLSTMWiring
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -148,3 +149,18 @@ def test_surprise_of_any_text():
     fig.savefig("/dev/null", format="png")
     assert len(plot_surprise(s, tokenizer, lines=99).axes[0].texts) > len(drawn)
     matplotlib.pyplot.close("all")
+
+
+def test_wirings_of_any_kind():
+    "Blocks without a cell, two cells in a circle that take turns, and learned sums: watched, and not changed by it."
+    mx.random.seed(0)
+    neurons = [Neuron(kind, j, 16, {}, "gated") for j, kind in enumerate(("conv", "mlstm", "slstm", "attention"))]
+    wiring = xLSTMWiring(neurons)
+    wiring.add_synapse(2, 1, -1, delay=1)
+    model = WiredModel(wiring, 40).eval()
+    ids = mx.random.randint(0, 40, (2, 9))
+    before = model(ids)
+    with watch(model) as trace: assert mx.array_equal(model(ids), before)
+    assert trace.at == [1, 2] and len(trace) == 9
+    assert [a.shape for a in trace["memory"]] == [(2, 4, 9)] * 2 and np.ptp(trace["memory"][0], axis=-1).min() > 0
+    plot_gates(trace), plot_memory(trace), plot_state_norms(State(model).read(ids[0].tolist()))

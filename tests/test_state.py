@@ -71,8 +71,16 @@ def test_forked_and_saved_states_go_on_to_the_last_bit(model, at, tmp_path):
         assert greedy(other, 40 - at)[0] == tokens[at:] and same(other, straight)
 
 
+def test_not_even_assigning_to_an_array_reaches_a_fork(model):
+    state = State(model).read([3, 4, 5])
+    again = State(model).read([3, 4, 5])
+    for slot in state.fork().cache:
+        for a in slot.cache: a[...] = 0
+    assert same(state, again)
+
+
 def test_batched_and_unbatched_states_write_what_each_writes_alone(model, tmp_path):
-    ids = prompts(model, 4)
+    ids = [p[:n] for p, n in zip(prompts(model, 4), (9, 5, 8, 2))]
     alone = [State(model).read(p) for p in ids]
     tokens = [greedy(s, 40)[0] for s in alone]
     states = [State(model).read(p) for p in ids]
@@ -80,11 +88,11 @@ def test_batched_and_unbatched_states_write_what_each_writes_alone(model, tmp_pa
     assert all(same(a, b) for a, b in zip(parted, states, strict=True))  # nothing has happened to any
     rows = batch(parted)
     first = greedy(rows, 15)
-    assert first == [t[:15] for t in tokens] and rows.counts == [24] * 4
+    assert first == [t[:15] for t in tokens] and rows.counts == [24, 20, 23, 17] and rows.tokens == 84
     a, b, c, d = unbatch(rows)
     later = greedy(batch([d, b]), 25)  # two of them in another order, one alone, one not at all
     assert later == [tokens[3][15:], tokens[1][15:]] and greedy(a, 25)[0] == tokens[0][15:]
-    assert c.counts == [24] and mx.abs(a.logits - alone[0].logits).max() < 2e-4
+    assert c.counts == [23] and mx.abs(a.logits - alone[0].logits).max() < 2e-4
 
 
 def test_any_order_of_everything(model, tmp_path):
@@ -291,7 +299,7 @@ def test_memory_is_flat_and_the_end_is_the_same():
 
     state = State(model).prefill(ids, progress=memory)
     peaks, active = np.array(log).T[:, 1:]
-    assert len(log) == 40 and np.ptp(peaks) < 2**20 and np.ptp(active) == 0
+    assert len(log) == 40 and np.ptp(peaks) < 2**20 and np.ptp(active) < 2**12
     assert same(state, State(model).read(ids.tolist()))
 
 

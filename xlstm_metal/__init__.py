@@ -10,7 +10,7 @@ _home = {
     "load": "model.checkpoint", "info": "model.checkpoint",
     "Model": "model.xlstm", "xLSTMConfig": "model.config",
     "generate": "generation.generate", "stream": "generation.generate",
-    "xLSTMRunner": "generation.runner",
+    "xLSTMRunner": "generation.runner", "Playground": "generation.widgets",
     "State": "generation.state", "score": "generation.score",
     "convert": "model.convert", "save": "model.convert", "xLSTM": "model.layer", "WiredModel": "model.wired",
 }

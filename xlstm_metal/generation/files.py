@@ -28,7 +28,7 @@ def digest(
     total = hashlib.sha256(json.dumps(notes, sort_keys=True).encode())
     for name, a in sorted(arrays.items()):
         total.update(f"{name} {a.dtype} {a.shape}".encode())
-        total.update(np.array(mx.view(a, mx.uint8)))
+        total.update(np.ascontiguousarray(mx.view(mx.contiguous(a), mx.uint8)))
     return total.hexdigest()
 
 # %% ../../nbs/generation/39_files.ipynb #f95e31dd
@@ -65,6 +65,7 @@ def read_notes(
 ) -> dict[str, str]:
     "What a state file says of itself; its arrays are not read. Raises `StateError`."
     from safetensors import safe_open, SafetensorError
+    path = Path(path).expanduser()
     try:
         with open(path, "rb") as f: first = f.read(9)
     except FileNotFoundError as e: raise StateError(f"there is no file {path}") from e
@@ -85,7 +86,7 @@ def read_arrays(
     "What `write_arrays` has written. Raises `StateError`."
     notes = read_notes(path)
     try:
-        arrays = mx.load(str(path), format="safetensors")
+        arrays = mx.load(str(Path(path).expanduser()), format="safetensors")
         mx.eval(arrays)
     except RuntimeError as e: raise StateError(f"{path} is cut short or corrupt ({e})") from e
     if notes.pop("checksum", None) != digest(arrays, notes):

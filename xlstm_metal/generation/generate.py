@@ -103,6 +103,7 @@ def stream(
     *,
     state: State | None = None, # go on from here; None begins a text
     progress=None, # called with the number of prompt tokens read so far
+    skip: int = 0, # so many ids of the prompt were read already
     **wishes, # max_tokens, temperature, ... as in `Sampling`
 ): # yields `Piece`
     """Generate text piece by piece. Raises `GenerationError` before any work.
@@ -111,20 +112,20 @@ def stream(
     sampling = Sampling(**wishes)
     if tokenizer is None:
         raise GenerationError("this checkpoint has no tokenizer, so it cannot read or write text")
-    fresh, V = state is None or state.tokens == 0, model.args.vocab_size
+    fresh, V = state is None or state.tokens == skip, model.args.vocab_size
     if len(prompt) == 0 and fresh: raise GenerationError("the prompt is empty")
     if state and state.rows > 1: raise GenerationError(f"one text is written, but the state has {state.rows} rows")
     ids = encode(tokenizer, prompt, model.args, start=fresh) if isinstance(prompt, str) else list(prompt)
     if bad := [t for t in ids if not 0 <= t < V]:
         raise GenerationError(f"token id {bad[0]} is outside the vocabulary of {V}")
-    return pieces(state or State(model), tokenizer, ids, sampling, progress)
+    return pieces(state or State(model), tokenizer, ids, sampling, progress, skip)
 
 # %% ../../nbs/generation/41_generate.ipynb #39cf3fac
-def pieces(state, tokenizer, ids, sampling, progress):
+def pieces(state, tokenizer, ids, sampling, progress, skip):
     "The loop behind `stream`."
     from mlx_lm.generate import wired_limit # on a Mac: keeps a large model's weights in place
     start = time.perf_counter()
-    mx.eval(state.read(ids, progress).logits)
+    mx.eval(state.read(ids[skip:], progress).logits)
     read, text, held = time.perf_counter() - start, detokenizer_after(tokenizer, ids), ""
     start = time.perf_counter()
     with wired_limit(state.model):
@@ -135,7 +136,7 @@ def pieces(state, tokenizer, ids, sampling, progress):
             show, held, met = release(held + text.last_segment, sampling.stop)
             if end and not met: show += held
             took = time.perf_counter() - start
-            yield Piece(show, token, logprobs[token].item(), len(ids), len(ids) / read, n, n / took,
+            yield Piece(show, token, logprobs[token].item(), len(ids), (len(ids) - skip) / read, n, n / took,
                         mx.get_peak_memory() / 1e9, "stop" if met else end)
             if end or met: return
 

@@ -10,6 +10,7 @@ __all__ = ['log_norm', 'rms', 'step_by_step', 'mlstm_shows', 'slstm_shows', 'Tra
 # %% ../../nbs/generation/45_pictures.ipynb #e424cb32
 import re
 from contextlib import contextmanager
+from copy import copy
 from itertools import takewhile
 import mlx.core as mx
 import numpy as np
@@ -20,6 +21,7 @@ from ..blocks.slstm import slstm_step, sLSTMCell
 from .files import StateError
 from .score import Score
 from .state import State
+from ..wiring.run import run_wiring
 
 # %% ../../nbs/generation/45_pictures.ipynb #f5955918
 def log_norm(C: mx.array, m: mx.array) -> mx.array: # C (B, NH, ...), m (B, NH, ...) -> (B, NH)
@@ -66,16 +68,17 @@ def slstm_shows(cell: sLSTMCell, args: tuple, out: tuple) -> tuple[mx.array, ...
 
 # %% ../../nbs/generation/45_pictures.ipynb #9ca28c71
 class Trace:
-    "What the cells of a model showed: `trace['input']` has for each neuron of the wiring an array (B, NH, S); see `names`."
+    "What the cells of a model showed: `trace['input']` has for each neuron with a cell an array (B, NH, S); see `names`."
     names = "input", "log_forget", "memory", "read"
     def __init__(self, neurons: list):
-        self.neurons, self.forwards = neurons, [] # of each forward pass: neuron -> four arrays
+        self.at = [j for j, n in enumerate(neurons) if n.kind in ("mlstm", "slstm")] # places in the wiring
+        self.neurons, self.forwards = [neurons[j] for j in self.at], [] # of each forward pass: place -> four arrays
 
     def __getitem__(self, name: str) -> list[np.ndarray]:
         at = self.names.index(name)
-        return [np.concatenate([np.array(f[j][at]) for f in self.forwards], axis=-1) for j in range(len(self.neurons))]
+        return [np.concatenate([np.array(f[j][at]) for f in self.forwards], axis=-1) for j in self.at]
 
-    def __len__(self): return sum(f[0][0].shape[-1] for f in self.forwards) # tokens
+    def __len__(self): return sum(f[self.at[0]][0].shape[-1] for f in self.forwards) # tokens
 
 # %% ../../nbs/generation/45_pictures.ipynb #c792e994
 @contextmanager
@@ -86,11 +89,20 @@ def watch(
     wired, now = getattr(model, "wired", model), []
     trace = Trace(wired.wiring.neurons)
     class Forward(type(wired)):
-        def run_blocks(self, *args):
+        def run_blocks(self, x, cache=None, mask=None):
             now.clear() # of a pass that was interrupted
-            x = super().run_blocks(*args)
-            trace.forwards.append({j: numbers for (j, *_), numbers in zip(self._plan.steps, now)})
+            plan, shown = copy(self._plan), {}
+            blocks = [watched(j, self.blocks[w], shown) for j, w in enumerate(plan.weights)]
+            plan.weights = range(len(blocks)) # a block for each neuron, also where two share one
+            x = run_wiring(plan, blocks, x, cache, mask, self.get("combiners", {}))
+            trace.forwards.append({j: [mx.concatenate(a, axis=-1) for a in zip(*turns)] for j, turns in shown.items()})
             return x
+    def watched(j, block, shown):
+        def work(*args):
+            before, out = len(now), block(*args)
+            if now[before:]: shown.setdefault(j, []).append(now[-1]) # in a circle, once for each token
+            return out
+        return work
     def seen(cell):
         show = slstm_shows if isinstance(cell, sLSTMCell) else mlstm_shows
         class Seen(type(cell)):
@@ -136,7 +148,7 @@ def heat(ax, trace: Trace, values: list[np.ndarray], title: str, row: int, **sca
     every = -(-len(ends) // 12) # of many blocks, some are named
     middles = (ends - [v.shape[1] / 2 for v in values] - .5)[::every]
     kinds = len({n.kind for n in trace.neurons}) > 1 # named if there are several
-    ax.set_yticks(middles, [f"{n.kind} {j}" if kinds else str(j) for j, n in enumerate(trace.neurons)][::every])
+    ax.set_yticks(middles, [f"{n.kind} {j}" if kinds else str(j) for j, n in zip(trace.at, trace.neurons)][::every])
     ax.tick_params(axis="y", length=0)
     ax.set_ylabel("block")
     ax.set_title(title, loc="left", fontsize=10)
@@ -176,8 +188,9 @@ def plot_state_norms(state: State, row: int = 0): # a matplotlib figure
     "How large the memories and normalisers of all heads are, as logarithms. Raises `StateError` if nothing was read."
     import matplotlib.pyplot as plt
     if state.logits is None: raise StateError("a state that has read nothing has no memories to show")
-    kinds = [n.kind for n in state.model.wiring.neurons]
-    arrays = [slot.cache[kind == "slstm":][:3] for kind, slot in zip(kinds, state.cache)] # C, n, m; an sLSTM's y is left out
+    cells = [(j, n.kind, slot) for j, (n, slot) in enumerate(zip(state.model.wiring.neurons, state.cache)) if n.kind in ("mlstm", "slstm")]
+    kinds = [kind for _, kind, _ in cells]
+    arrays = [slot.cache[kind == "slstm":][:3] for _, kind, slot in cells] # C, n, m; an sLSTM's y is left out
     fig, axes = plt.subplots(1, 2, figsize=(9, 2.4), layout="constrained")
     for ax, at, title in zip(axes, (0, 1), ("size of the memory C", "size of the normaliser n")):
         sizes = [np.array(log_norm(a[at], a[2]))[row] for a in arrays]

@@ -47,7 +47,7 @@ def read_scored(state: State, ids: list[int]) -> list[np.ndarray]:
     for t in range(0, ids.size, 256):
         logits, following = model.head(x[0, t:t + 256]), ids[t + 1:t + 257]
         parts.append(np.array(log_probs(logits[:following.size], following)))
-    ahead.reached(mx.contiguous(logits[-1:]), ids.size)
+    ahead.reached(model.head(x[:, -1]), ids.size) # to the last bit what `read` would have reached
     mx.eval(ahead.logits)
     state.move(ahead)
     return parts

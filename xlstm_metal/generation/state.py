@@ -200,6 +200,8 @@ def batch(
         raise StateError("a state that has read nothing cannot go side by side with others: nothing says what comes next")
     whole = states[0].fork()
     for j, slot in enumerate(whole.cache):
+        if len({tuple(a.shape[1:] for a in s.cache[j].cache) for s in states}) > 1:
+            raise StateError(f"memories of different lengths cannot go side by side: neuron {j} is of kind {states[0].model.wiring.neurons[j].kind}")
         slot.cache = [mx.concatenate(rows) for rows in zip(*[s.cache[j].cache for s in states])]
     whole.logits = mx.concatenate([s.logits for s in states])
     whole.counts = [c for s in states for c in s.counts]
@@ -237,7 +239,7 @@ def load_state(
     "A state from a file. Raises `StateError` for anything but a state of this model that is whole."
     arrays, notes = read_arrays(path)
     for what, own in fingerprint(model).items():
-        if notes[what] != own: raise StateError(f"{path} is the state of another model: its {what} are others")
+        if notes.get(what) != own: raise StateError(f"{path} is the state of another model: its {what} are others")
     state = State(model)
     state.counts = json.loads(notes["tokens"])
     check_layout(path, state, arrays)
@@ -253,7 +255,9 @@ def check_layout(path, state: State, arrays: dict[str, mx.array]):
     probe = State(state.model)
     probe.counts = state.counts
     probe.forward(mx.zeros((state.rows, 1), mx.int32))
-    have, want = ({n: a.shape for n, a in x.items()} for x in (arrays, named(probe)))
+    grows = {b for b, n in enumerate(state.model.wiring.neurons) if n.kind == "attention"} # with the text
+    def layout(n, a): return f"of {a.ndim} axes" if n.split(".")[0] in map(str, grows) else a.shape
+    have, want = ({n: layout(n, a) for n, a in x.items()} for x in (arrays, named(probe)))
     for n in sorted(have.keys() | want.keys()):
         if have.get(n) != want.get(n):
             raise StateError(f"{path} has another layout: array {n} is {have.get(n)} there and {want.get(n)} in this model")
