@@ -218,6 +218,24 @@ def test_mlx_convert(mlx, home):
     assert mx.array_equal(model(ids), ours(ids))
 
 
+def test_quantised_in_the_terminal(tmp_path, capsys):
+    assert main(["convert", str(BUNDLED), str(tmp_path / "q"), "--quantize", "mixed", "--measure", "600"]) == 0
+    out, err = capsys.readouterr()
+    assert out.strip() == str(tmp_path / "q") and [line.split()[0] for line in err.splitlines()] == ["weights", "before", "after"]
+    before, after = (float(line.split()[-1]) for line in err.splitlines()[1:])
+    assert 1 < after / before < 1.05
+    assert (tmp_path / "q/model.safetensors").stat().st_size < .35 * (BUNDLED / "model.safetensors").stat().st_size
+    texts = []
+    for argv in (["--quantize", "mixed", "--dtype", "bfloat16"], ["-m", str(tmp_path / "q"), "--dtype", "bfloat16"]):
+        assert main(["generate", "-p", "class Tree:", "--max-tokens", "8", *argv]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert main(["info", "-m", str(tmp_path / "q")]) == 0
+    assert "quantised to 4 and 5 bits" in (said := capsys.readouterr().out) and "6,931,248" in said
+    assert main(["convert", str(tmp_path / "q"), str(tmp_path / "r"), "--quantize", "4"]) == 2 and "is quantised" in capsys.readouterr().err
+    assert main(["generate", "-p", "x", "-m", str(tmp_path / "q"), "--quantize", "4"]) == 2 and "quantised already" in capsys.readouterr().err
+
+
 def test_mlx_lora_and_fuse(mlx, home):
     mlx("lora", "--model", "model", "--train", "--data", "data", "--iters", 6, "--batch-size", 2, "--num-layers", 2, "--max-seq-length", 48,
               "--learning-rate", "3e-3", "--adapter-path", "adapters", "--steps-per-report", 3, "--steps-per-eval", 6, "--val-batches", 1)
