@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['name', 'mark', 'text', 'commands', 'learned', 'inert', 'overview', 'Finder', 'register', 'ModelArgs', 'Model',
-           'prepare', 'complete', 'xlstm_settings', 'mlx', 'refuse', 'option', 'with_model', 'why_not', 'has_template',
-           'run_theirs', 'awq_plan', 'prepare_awq', 'dressed', 'shim', 'enable', 'disable']
+           'prepare', 'with_tokens', 'with_own_model', 'complete', 'xlstm_settings', 'mlx', 'refuse', 'option',
+           'checked', 'with_model', 'why_not', 'has_template', 'run_theirs', 'awq_plan', 'prepare_awq', 'dressed',
+           'shim', 'enable', 'disable']
 
 # %% ../../nbs/generation/47_mlx_lm.ipynb #f6f071e8
 import json, sys
@@ -48,32 +49,41 @@ class ModelArgs:
 def Model(config):
     "What mlx-lm calls to make a model."
     from xlstm_metal.model.checkpoint import new_model
-    if not config.vocab_size: raise ValueError("this checkpoint is a stack without embedding and head: no language model")
+    if not config.vocab_size: raise ValueError("this checkpoint has no embedding and no head: no language model")
     return new_model(config)
 
 # %% ../../nbs/generation/47_mlx_lm.ipynb #bc4f7932
 def prepare():
     "Let mlx-lm's loaders do for xLSTM checkpoints what their configs ask for."
     from mlx_lm import utils
-    if hasattr(utils.load_tokenizer, "before"): return
-    load_tokenizer, load_model = utils.load_tokenizer, utils.load_model
-    def tokenizer_of_xlstm(model_path, *args, **kw):
-        tokenizer = load_tokenizer(model_path, *args, **kw)
-        if settings := xlstm_settings(model_path): complete(tokenizer, ModelArgs.from_dict(settings), tokenizer_of_xlstm.begins)
+    if hasattr(utils.load_tokenizer, "begins"): return
+    utils.load_tokenizer = with_tokens(utils.load_tokenizer)
+    utils.load_model = with_own_model(utils.load_model)
+
+def with_tokens(theirs):
+    "mlx-lm's `load_tokenizer`, which completes tokenizers of xLSTMs."
+    def load_tokenizer(path, *args, **kw):
+        tokenizer, settings = theirs(path, *args, **kw), xlstm_settings(path)
+        if settings: complete(tokenizer, ModelArgs.from_dict(settings), load_tokenizer.begins)
         return tokenizer
-    def model_of_xlstm(model_path, lazy=False, strict=True, model_config=None, **kw):
-        own = (xlstm_settings(model_path) or {}).get("model_file")
-        model, config = load_model(model_path, lazy, strict, (model_config or {}) | ({"model_file": None} if own else {}), **kw)
-        return model, config | ({"model_file": own} if own else {})
-    for new, old in ((tokenizer_of_xlstm, load_tokenizer), (model_of_xlstm, load_model)): new.before = old
-    tokenizer_of_xlstm.begins = True # False: prompts go on from a text that was read before
-    utils.load_tokenizer, utils.load_model = tokenizer_of_xlstm, model_of_xlstm
+    load_tokenizer.begins = True # False: prompts go on from a text that was read before
+    return load_tokenizer
+
+def with_own_model(theirs):
+    "mlx-lm's `load_model`, which takes our models for xLSTMs that bring a file."
+    def load_model(path, lazy=False, strict=True, model_config=None, **kw):
+        file = (xlstm_settings(path) or {}).get("model_file")
+        if file: model_config = (model_config or {}) | {"model_file": None}
+        model, config = theirs(path, lazy, strict, model_config, **kw)
+        return model, config | {"model_file": file} if file else config
+    return load_model
 
 def complete(tokenizer, config, begins: bool = True): # False: never a BOS token
     "Give a tokenizer of mlx-lm's the ends that are ends, and let it begin a text as the config asks."
     from xlstm_metal.model.tokenizer import real_ends
     tokenizer.eos_token_ids = real_ends(tokenizer, config)
-    if config.force_bos_token_insert and tokenizer.bos_token is not None or not begins: tokenizer.add_bos_token = begins
+    if not begins: tokenizer.add_bos_token = False
+    elif config.force_bos_token_insert and tokenizer.bos_token is not None: tokenizer.add_bos_token = True
 
 # %% ../../nbs/generation/47_mlx_lm.ipynb #af03fc4c
 def xlstm_settings(
@@ -91,35 +101,32 @@ def xlstm_settings(
     except ValueError: return None
     if not isinstance(settings, dict): return None
     from xlstm_metal.model.stack import is_stack
-    return settings if settings.get("model_type", "xlstm" if is_stack(settings) else None) == "xlstm" else None
+    kind = settings.get("model_type") or "xlstm" * is_stack(settings) # upstream's own configs of stacks name none
+    return settings if kind == "xlstm" else None
 
 # %% ../../nbs/generation/47_mlx_lm.ipynb #0bce00ec
-commands = """awq benchmark cache_prompt chat convert dwq dynamic_quant evaluate fuse generate gptq lora manage
-              perplexity server share upload""".split()
+commands = """awq benchmark cache_prompt chat convert dwq dynamic_quant evaluate fuse
+              generate gptq lora manage perplexity server share upload""".split()
 learned = "awq", "dwq", "dynamic_quant", "gptq" # quantise with data; here -m is the model
 inert = "--kv-bits", "--kv-group-size", "--quantized-kv-start", "--max-kv-size" # of caches that grow
 
 def mlx(argv: list[str]) -> int: # exit status
     "`xlstm-metal mlx`: a command of mlx-lm's, with xLSTM."
     command, argv = (argv or ["--help"])[0], argv[1:]
-    if command in ("-h", "--help"): print(overview)
-    elif command in ("enable", "disable"):
-        try: print(dict(enable=enable, disable=disable)[command]())
-        except ValueError as e: return refuse(command, e)
-    elif command not in commands: return refuse(command, f"there is no such command; there are {', '.join(commands)}, enable, disable")
-    else:
-        try: argv, settings = with_model(command, argv)
-        except ValueError as e: return refuse(command, e)
-        if settings and (reason := why_not(command, argv, settings)): return refuse(command, reason)
-        for name in inert if settings else ():
-            if option(argv, name): print(f"xlstm-metal mlx {command}: {name} does nothing: a state does not grow", file=sys.stderr)
-        return run_theirs(command, argv)
+    try:
+        if command in ("-h", "--help"): print(overview)
+        elif command == "enable": print(enable())
+        elif command == "disable": print(disable())
+        elif command not in commands: raise ValueError(f"there is no such command; there are {', '.join(commands)}, enable, disable")
+        else: return run_theirs(command, checked(command, argv))
+    except ValueError as e: return refuse(command, e)
     return 0
 
-def refuse(command: str, reason) -> int:
+def refuse(command: str, reason) -> int: # exit status
     print(f"xlstm-metal mlx {command}: {reason}", file=sys.stderr)
     return 2
 
+# %% ../../nbs/generation/47_mlx_lm.ipynb #08639919
 def option(argv: list[str], *names: str) -> str | None:
     "The value of an option."
     for word, value in zip(argv, [*argv[1:], ""]):
@@ -127,13 +134,22 @@ def option(argv: list[str], *names: str) -> str | None:
         if key in names: return here if sign else value
     return None
 
-# %% ../../nbs/generation/47_mlx_lm.ipynb #08639919
-def with_model(command: str, argv: list[str]) -> tuple[list[str], dict | None]: # and its settings, if it is an xLSTM that is here
-    "The arguments with the bundled model, where they name none."
+def checked(command: str, argv: list[str]) -> list[str]: # with a model
+    "What can be said before anything is loaded; what cannot work is a `ValueError`."
+    argv, settings = with_model(command, argv)
+    if settings is None: return argv # not an xLSTM, or not here yet
+    if reason := why_not(command, argv, settings): raise ValueError(reason)
+    for name in inert:
+        if option(argv, name): refuse(command, f"{name} does nothing: a state does not grow")
+    return argv
+
+# %% ../../nbs/generation/47_mlx_lm.ipynb #4d1e120f
+def with_model(command: str, argv: list[str]) -> tuple[list[str], dict | None]:
+    "The arguments, with the bundled model where they name none; its settings, if it is an xLSTM that is here."
     from xlstm_metal.model.checkpoint import bundled, hub_id
     path = option(argv, "--model", "--hf-path", *["-m"] * (command in learned))
-    elsewhere = option(argv, "--prompt-cache-file") if command == "generate" else option(argv, "--config", "-c") if command == "lora" else None
-    if path is None and elsewhere is None and command not in ("manage", "share", "upload"):
+    elsewhere = {"generate": ["--prompt-cache-file"], "lora": ["--config", "-c"]}.get(command, []) # it names a model
+    if path is None and not option(argv, *elsewhere) and command not in ("manage", "share", "upload"):
         path, argv = bundled, ["--model", str(bundled), *argv]
     if path and not Path(path).expanduser().exists() and not hub_id.fullmatch(path):
         raise ValueError(f"there is no folder {path}, and a hub id looks like owner/name")
@@ -141,43 +157,48 @@ def with_model(command: str, argv: list[str]) -> tuple[list[str], dict | None]: 
 
 def why_not(command: str, argv: list[str], settings: dict) -> str | None:
     "Why a command cannot run with an xLSTM of these settings; None if it can."
-    if "model_type" not in settings: return "its config names no model_type, which mlx-lm goes by: copy it with xlstm-metal convert"
+    if "model_type" not in settings:
+        return "its config names no model_type, which mlx-lm goes by: copy it with xlstm-metal convert"
     if option(argv, "--draft-model"):
-        return "a draft model needs a cache that can take tokens back, and a state does not know what it was before"
+        return "a draft model needs a cache that can take tokens back, and a state does not know what it was"
     if command == "convert" and option(argv, "--quant-predicate"):
-        return "mlx-lm's mixed recipes look for names that xLSTM has not: use xlstm-metal convert --quantize mixed"
+        return "mlx-lm's mixed recipes look for other names: use xlstm-metal convert --quantize mixed"
     if command == "server" and option(argv, "--kv-bits"):
         return "--kv-bits would end batching, and there is no cache of keys and values to quantise"
     if command == "awq" and type(ModelArgs.from_dict(settings)).__name__ != "xLSTMConfig":
-        return "AWQ needs a plan of which map's scale moves where, and there is one for models of the 7B form only: use gptq or dwq"
+        return ("AWQ needs a plan of which map's scale moves where, and there is one for models of the 7B form only: "
+                "use gptq or dwq")
     if command == "chat" and not has_template(option(argv, "--model")):
-        return ("this model has no chat template: it was not trained to chat; use xlstm-metal chat, which keeps to plain text, "
-                "or give a copy a template with xlstm-metal convert --to mlx --chat-template")
-    return None
+        return ("this model has no chat template, as it was not trained to chat: use xlstm-metal chat, which keeps "
+                "to plain text, or give a copy a template with xlstm-metal convert --to mlx --chat-template")
 
 def has_template(path: str) -> bool:
     "Whether a checkpoint that is here brings a chat template."
     from xlstm_metal.model.checkpoint import resolve
-    file = (folder := resolve(path)) / "tokenizer_config.json"
-    return (folder / "chat_template.jinja").exists() or file.exists() and "chat_template" in json.loads(file.read_text())
+    folder = resolve(path)
+    file = folder / "tokenizer_config.json"
+    in_config = file.exists() and "chat_template" in json.loads(file.read_text())
+    return in_config or (folder / "chat_template.jinja").exists()
 
-# %% ../../nbs/generation/47_mlx_lm.ipynb #4d1e120f
+# %% ../../nbs/generation/47_mlx_lm.ipynb #e20cc46b
 def run_theirs(command: str, argv: list[str]) -> int: # exit status
     "Run a command of mlx-lm's in this process."
     import mlx.core as mx
-    if mx.default_device() == mx.Device(mx.cpu): mx.disable_compile() # it would run a C++ compiler for each function
+    if mx.default_device() == mx.Device(mx.cpu): mx.disable_compile() # or a C++ compiler runs for each function
     from mlx_lm import cli, utils
     prepare()
     utils.load_tokenizer.begins = not (command == "generate" and option(argv, "--prompt-cache-file"))
     if command == "awq": prepare_awq()
-    if command == "server": __import__("xlstm_metal.generation.server", fromlist=["prepare"]).prepare()
+    if command == "server":
+        from xlstm_metal.generation import server
+        server.prepare()
     before, sys.argv = sys.argv, [f"xlstm-metal mlx {command}", command, *argv]
     try: cli.main()
     except SystemExit as e: return e.code if isinstance(e.code, int) else int(e.code is not None)
     except ModuleNotFoundError as e:
         if e.name not in ("datasets", "lm_eval"): raise
         return refuse(command, f"this needs the package {e.name}: pip install 'mlx-lm[train,evaluate]'")
-    except (ValueError, OSError) as e: return refuse(command, str(e).strip().splitlines()[0] if str(e).strip() else repr(e))
+    except (ValueError, OSError) as e: return refuse(command, (str(e).strip() or repr(e)).splitlines()[0])
     finally: sys.argv = before
     return 0
 
@@ -197,7 +218,8 @@ Without --model, the small model that comes with the package is used.
 def awq_plan():
     "What stands in front of what in a block of the 7B form."
     from mlx_lm.quant.awq import AWQConfig, ScaleConfig
-    return AWQConfig(embed="embeddings", lm_head="lm_head", no_clip=["mlstm_layer.q", "mlstm_layer.k", "igate", "fgate"], scale_configs=[
+    not_clipped = ["mlstm_layer.q", "mlstm_layer.k", "igate", "fgate"]
+    return AWQConfig(embed="embeddings", lm_head="lm_head", no_clip=not_clipped, scale_configs=[
         ScaleConfig(block="mlstm_layer", prev="norm_mlstm",
                     layers=["q", "k", "v", "ogate_preact", "igate_preact", "fgate_preact"]),
         ScaleConfig(prev="mlstm_layer.multihead_norm", layers=["mlstm_layer.out_proj"]),
@@ -219,11 +241,13 @@ def prepare_awq():
 def dressed(model):
     "A model whose blocks return one array, whose norms are MLX's, and whose backbone is called `model`."
     import mlx.nn as nn
-    def one_array(cls): # called with a state, as its own block does, it still returns one
-        return type(cls.__name__, (cls,), {"__call__": lambda self, x, *state, mask=None:
-                                           cls.__call__(self, x, *state) if state else cls.__call__(self, x)[0]})
+    def with_backbone(cls): return type(cls.__name__, (cls,), {"model": property(lambda self: self.backbone)})
     def as_norm(cls): return type(cls.__name__, (cls, nn.RMSNorm), {})
-    new = [(model, lambda cls: type(cls.__name__, (cls,), {"model": property(lambda self: self.backbone)}))]
+    def one_array(cls): # called with a state, as its own block does, it still returns one
+        def call(self, x, *state, mask=None):
+            return cls.__call__(self, x, *state) if state else cls.__call__(self, x)[0]
+        return type(cls.__name__, (cls,), {"__call__": call})
+    new = [(model, with_backbone)]
     for b in model.layers:
         new += [(b, one_array), (b.mlstm_layer, one_array)]
         new += [(norm, as_norm) for norm in (b.norm_mlstm, b.norm_ffn, b.mlstm_layer.multihead_norm)]
@@ -232,7 +256,7 @@ def dressed(model):
     try: yield
     finally:
         for m, cls in old: m.__class__ = cls
-        for _, m in model.named_modules(): m.pop("input_feat", None) # what AWQ notes down and then leaves to be saved
+        for _, m in model.named_modules(): m.pop("input_feat", None) # AWQ's notes would be saved as weights
 
 # %% ../../nbs/generation/47_mlx_lm.ipynb #5df87e4f
 def shim() -> Path:
@@ -250,8 +274,10 @@ def enable() -> str: # what was done
         if file.read_text(encoding="utf-8") == text: return f"{file} is there already"
     try: file.write_text(text, encoding="utf-8")
     except OSError as e: raise ValueError(f"{file} cannot be written: {e.strerror}") from e
-    return f"wrote {file}: the mlx_lm commands of this environment find xLSTM now; xlstm-metal mlx disable takes it back"
+    return (f"wrote {file}: the mlx_lm commands of this environment find xLSTM now; "
+            "xlstm-metal mlx disable takes it back")
 
+# %% ../../nbs/generation/47_mlx_lm.ipynb #5effb703
 def disable() -> str: # what was done
     "Remove that module. Raises `ValueError` where it is somebody else's."
     file = shim()
