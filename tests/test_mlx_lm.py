@@ -365,3 +365,13 @@ def test_tokens_of_a_copy(tmp_path):
         assert tokenizer.encode(text, add_special_tokens=False) == raw.encode(text).ids
     model, ours = xm.load(tmp_path / "copy")
     assert encode(ours, "x", model.args) == tokenizer.encode("x") # not two
+
+
+def test_a_changed_wiring_comes_along(mlx, home, bundled):
+    from xlstm_metal.wiring import without
+    model, tokenizer = xm.load("model")
+    model.wiring = without(model.wiring, 3)
+    save(model, home / "rewired", tokenizer)
+    want = xm.generate(model, tokenizer, "class A:\n", max_tokens=8)
+    assert spoken(mlx("generate", "--model", "rewired", "-p", "class A:\n", "-m", 8)) == want.strip()
+    assert want != xm.generate(*xm.load("model"), "class A:\n", max_tokens=8)
