@@ -81,7 +81,7 @@ def refused(*args, **kw):
     (["generate", "-p", "x", "-m", "nobody"], "a hub id looks like owner/name"),
     (["generate", "-p", "x", "-m", "nobody/nothing"], "not in the local cache, and the hub cannot be reached"),
     (["info", "-m", "nobody/nothing"], "not in the local cache, and the hub cannot be reached"),
-    (["generate", "-p", "x", "-m", "nobody", "--load-state", "./nothing"], "there is no file ./nothing"),
+    (["generate", "-p", "x", "-m", "nobody", "--load-state", "./nothing"], "there is no file nothing"),
     (["generate", "-m", "nobody", "--load-state", __file__], "test_cli.py is not a state file"),
     (["generate", "-p", "x", "-m", "nobody", "--save-state", "/no/such/state"], "there is no folder /no/such"),
     (["generate", "-m", "nobody", "-f", "./nothing"], "there is no file nothing"),
