@@ -318,7 +318,7 @@ class Parts:
         self.controls = controls(sampling)
         self.watched = w.Checkbox(True, description="watch the memories", indent=False, layout=dict(width="auto", margin="0 0 0 7em"))
         first, rest = list(self.controls.values())[:4], [*list(self.controls.values())[4:], self.watched]
-        grid = dict(classes="xm-grid", grid_template_columns="repeat(auto-fill, minmax(15em, 1fr))", grid_gap="4px 6px")
+        grid = dict(classes="xm-grid", grid_template_columns="repeat(auto-fill, minmax(17em, 1fr))", grid_gap="4px 6px")
         first, rest = box(*first, display="grid", **grid), box(*rest, display="none", **grid)
         self.unfold.observe(lambda _: setattr(rest.layout, "display", "grid" if self.unfold.value else "none"), "value")
         return self.prompt, box(self.generate, self.stop, self.go_on, self.more, self.unfold), first, rest
@@ -367,14 +367,14 @@ class Shown(Parts):
         "The page that is looked at, and what can be done now."
         if self.quiet: return
         run, at, place = self.run, self.views.index, None if self.busy else self.place.value
-        for w in (self.generate, self.load, self.history, self.place): w.disabled = self.busy
-        for w in (self.go_on, self.fork, self.save, self.forget): w.disabled = self.busy or not run
-        self.stop.disabled = not self.busy
-        self.status.value = status_html(run, *self.said)
-        self.note.value = place_html(run, place) if run and not self.busy else ""
         self.stack.selected_index = at
         draw = lambda: text_html(run, place), lambda: surprise_html(run, place), lambda: memories_html(run.trace)
         self.pages[at].value = draw[at]() if run else ""
+        self.note.value = place_html(run, place) if run and not self.busy else ""
+        self.status.value = status_html(run, *self.said)
+        for w in (self.generate, self.load, self.history, self.place): w.disabled = self.busy
+        for w in (self.go_on, self.fork, self.save, self.forget): w.disabled = self.busy or not run
+        self.stop.disabled = not self.busy
 
     def glance(self, said: str, done: int, whole: int):
         "As `look`, while something goes on."
@@ -524,4 +524,6 @@ class Playground(Worker):
             self.build(self.prompt.value, Sampling())
             for name, value in values.items(): self.controls[name].value = value
             self.show()
-        return self.view._repr_mimebundle_(**kw)
+        return self.view._repr_mimebundle_(**kw) | {"text/plain": repr(self)}
+
+    def __repr__(self): return f"Playground({len(self.runs)} runs)"
