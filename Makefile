@@ -9,12 +9,13 @@ comma := ,
 bracket = $(if $(1),[$(subst $(empty) $(empty),$(comma),$(1))])
 extra = $(call bracket,$(strip $(1) $(MLX)))
 LIMIT := $(if $(shell command -v timeout),timeout 900)
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 SERIAL := $(if $(filter Darwin,$(OS)),--n_workers 0)
 # for the shell cells of notebooks
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test parity docs lab export clean
+.PHONY: help demo test browser parity docs lab export clean
 help:            ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 16
 
@@ -25,6 +26,9 @@ test: .venv/dev         ## a fresh export changes nothing; notebooks; pytest
 	sh tests/fresh_export.sh
 	MLX_DISABLE_COMPILE=1 $(LIMIT) $(BIN)/nbdev_test $(SERIAL)
 	MLX_DISABLE_COMPILE=1 $(LIMIT) $(BIN)/python -m pytest
+
+browser:        ## Chromium for tests/test_app.py, where there is none (Debian)
+	command -v chromium >/dev/null || { $(SUDO) apt-get -qq update && $(SUDO) apt-get -qq install -y --no-install-recommends chromium; }
 
 parity: .venv-parity/run ## live against transformers and NX-AI's package
 	.venv-parity/bin/python tests/parity.py
