@@ -48,7 +48,7 @@ class Run:
         self.marks = [(0, state.fork())] # (tokens, state) where reading or writing began
         self.text = "" # what was written last, as `generate` gives it
         self.trace = Trace(state.model.wiring.neurons) # what the cells did meanwhile
-        self.number = 0 # in a history
+        self.number, self.said = 0, "" # in a history; what was said of it last
 
     def add(self, token: Token):
         "Write down one token that the state has read."
@@ -354,7 +354,9 @@ class Shown(Parts):
     run, runs, busy, said, quiet, next_look = None, (), False, ("", False), False, 0.
     def show(self, said: str = "", error: bool = False):
         "All of it, after something has ended."
-        run, self.quiet, self.said = self.run, True, (said, error) # quiet: what is set here is nobody's wish
+        run, self.quiet = self.run, True # quiet: what is set here is nobody's wish
+        if run and said and not error: run.said = said
+        self.said = (said or run and run.said or "", error)
         self.place.min, self.place.max = 0, len(run.tokens) if run else 0
         self.place.value = self.place.max
         self.place.min = int(bool(run) and not run.marks[0][1].tokens) # of a text that begins here something is left
