@@ -21,7 +21,9 @@ from xlstm_metal.model.config import xLSTMConfig
 from xlstm_metal.model.convert import convert, save
 from xlstm_metal.model.stack import parse_stack_config, xLSTMLMModel
 from xlstm_metal.model.tokenizer import encode
+from xlstm_metal.model.wired import WiredModel
 from xlstm_metal.model.xlstm import Model
+from xlstm_metal.wiring.wiring import AutoNCPxLSTMWiring, Neuron, xLSTMWiring
 
 PROMPTS = ["class A:\n", "import os\nimport sys\n\ndef main(argv):\n    for name in", "x", "def read(path, mode='r'):\n    with open("]
 
@@ -116,9 +118,15 @@ def test_storage_types(bundled, dtype):
 
 
 def small(kind):
-    "A small model of either family whose gates matter, untrained."
+    "A small model of any family whose gates matter, untrained."
     mx.random.seed(1)
-    if kind == "7B": model = Model(xLSTMConfig(vocab_size=4096, hidden_size=64, num_hidden_layers=2, num_heads=2, bos_token_id=0, force_bos_token_insert=True))
+    bos = dict(bos_token_id=0, force_bos_token_insert=True)
+    if kind == "7B": model = Model(xLSTMConfig(vocab_size=4096, hidden_size=64, num_hidden_layers=2, num_heads=2, **bos))
+    elif kind == "circuit":
+        heads = dict(num_heads=2)
+        model = WiredModel(AutoNCPxLSTMWiring(9, 3, kinds=dict(inter="mlstm", command="slstm", motor="conv"), size=32, combine="scalar",
+                                              sizes=dict(mlstm=heads, slstm=heads)), 4096, **bos)
+    elif kind == "hybrid": model = WiredModel(xLSTMWiring([Neuron(k, j, 64, {}) for j, k in enumerate(("mlstm", "attention", "conv", "slstm"))]), 4096, **bos)
     else:
         cell = dict(num_heads=2)
         model = xLSTMLMModel(parse_stack_config(dict(embedding_dim=64, num_blocks=3, vocab_size=4096, slstm_at=[1], bos_token_id=0,
@@ -128,8 +136,8 @@ def small(kind):
     return model
 
 
-@pytest.mark.parametrize("kind", ["7B", "stack"])
-def test_both_families_in_batches_and_files(kind, tmp_path, bundled):
+@pytest.mark.parametrize("kind", ["7B", "stack", "circuit", "hybrid"])
+def test_all_families_in_batches_and_files(kind, tmp_path, bundled):
     from mlx_lm.generate import batch_generate, generate_step
     from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
     model, tokenizer = small(kind), bundled[1]
@@ -336,10 +344,19 @@ def test_learned_quantisation(argv, tiny, mlx, home):
     assert 0 < off < .9
 
 
-def test_awq_and_stacks(mlx, home, bundled):
-    save(small("stack"), home / "stack", bundled[1])
-    assert "models of the 7B form only" in mlx("awq", "--model", "stack", status=2)
-    assert "Generation:" in mlx("generate", "--model", "stack", "-p", "def f(", "-m", 4) # mlx-lm runs them otherwise
+@pytest.mark.parametrize("kind", ["stack", "circuit", "hybrid"])
+def test_other_families_in_the_terminal(kind, mlx, home, bundled):
+    model, tokenizer = small(kind), bundled[1]
+    save(model, home / kind, tokenizer)
+    assert spoken(mlx("generate", "--model", kind, "-p", "def f(", "-m", 6)) == xm.generate(model, tokenizer, "def f(", max_tokens=6).strip()
+    assert "models of the 7B form only" in mlx("awq", "--model", kind, status=2) # the others do:
+    mlx("convert", "--hf-path", kind, "--mlx-path", home / f"{kind}4", "-q")
+    want = xm.generate(*xm.load(home / f"{kind}4"), "def f(", max_tokens=6)
+    assert spoken(mlx("generate", "--model", f"{kind}4", "-p", "def f(", "-m", 6)) == want.strip()
+    config = json.loads((home / kind / "config.json").read_text())
+    del config["model_type"]
+    (home / kind / "config.json").write_text(json.dumps(config))
+    assert "names no model_type" in mlx("generate", "--model", kind, "-p", "x", status=2)
 
 
 def test_tokens_of_a_copy(tmp_path):

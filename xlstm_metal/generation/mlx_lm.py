@@ -101,7 +101,8 @@ def xlstm_settings(
     except ValueError: return None
     if not isinstance(settings, dict): return None
     from xlstm_metal.model.stack import is_stack
-    kind = settings.get("model_type") or "xlstm" * is_stack(settings) # upstream's own configs of stacks name none
+    from xlstm_metal.model.wired import is_wired
+    kind = settings.get("model_type") or "xlstm" * (is_stack(settings) or is_wired(settings)) # stacks from upstream name none
     return settings if kind == "xlstm" else None
 
 # %% ../../nbs/generation/47_mlx_lm.ipynb #0bce00ec

@@ -13,6 +13,7 @@ from copy import copy
 from pathlib import Path
 import mlx.core as mx
 import numpy as np
+from ..model.cache import align
 from ..model.tokenizer import encode_pieces
 from ..model.xlstm import LanguageModel
 from .files import StateError, fingerprint, read_arrays, write_arrays
@@ -200,10 +201,8 @@ def batch(
     if any(s.logits is None for s in states):
         raise StateError("a state that has read nothing cannot go side by side with others: nothing says what comes next")
     whole = states[0].fork()
-    for j, slot in enumerate(whole.cache):
-        if len({tuple(a.shape[1:] for a in s.cache[j].cache) for s in states}) > 1:
-            raise StateError(f"memories of different lengths cannot go side by side: neuron {j} is of kind {states[0].model.wiring.neurons[j].kind}")
-        slot.cache = [mx.concatenate(rows) for rows in zip(*[s.cache[j].cache for s in states])]
+    for slot, *slots in zip(whole.cache, *(s.cache for s in states)):
+        slot.cache = [None if rows[0] is None else mx.concatenate(rows) for rows in zip(*align([s.cache for s in slots]))]
     whole.logits = mx.concatenate([s.logits for s in states])
     whole.counts = [c for s in states for c in s.counts]
     return whole
@@ -213,9 +212,9 @@ def unbatch(
 ) -> list[State]: # one row each
     "The rows of a state, each a state that holds no memory but its own."
     def row(r):
-        one, own = state.fork(), lambda a: mx.contiguous(a[r:r + 1]) # a copy, or the row would hold them all
-        for slot in one.cache: slot.cache = [own(a) for a in slot.cache]
-        one.logits, one.counts = own(state.logits), state.counts[r:r + 1]
+        one = copy(state)
+        one.cache = [slot.extract(r) for slot in state.cache]
+        one.logits, one.counts = mx.contiguous(state.logits[r:r + 1]), state.counts[r:r + 1]
         mx.eval(one.logits, [slot.state for slot in one.cache])
         return one
     if state.logits is None: raise StateError("a state that has read nothing has no rows to part")
