@@ -1,23 +1,25 @@
 """The kernels on this machine's GPU: how far from float64, and how fast against the plain form.
 
-    python tests/gpu.py [norm] [step] [sequence] [gradient] [conv] [slstm] [decode] [wiring] [training] [--quick]
+    python tests/gpu.py [norm] [step] [sequence] [gradient] [conv] [slstm] [decode] [bits] [wiring] [training] [--quick]
 
 Without names all parts. A row is a kernel and a size: worst relative error of the kernel and of the plain form against float64 on
 the same inputs, and the time of both (ten calls in flight together, median over rounds, compiled except for chunks). Exits with 1
 if a kernel is further than 1e-5 from float64, or 1e-2 where the result has 16 bits. Sizes named 7B are those of one block of
-xLSTM 7B. In the rows of `wiring` the two times are those of a wiring and of a loop over the same blocks. `--quick` takes the small sizes only; with XLSTM_METAL_KERNELS=host it runs anywhere.
+xLSTM 7B. In the rows of `wiring` the two times are those of a wiring and of a loop over the same blocks; in those of `bits`, of
+quantised weights and of bfloat16; their logits are compared with those of the same weights unpacked. `--quick` takes the small sizes only; with XLSTM_METAL_KERNELS=host it runs anywhere.
 """
 import argparse
 import os
 import sys
 import time
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 
 os.environ.setdefault("XLSTM_METAL_KERNELS", "on")
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
-from mlx.utils import tree_map  # noqa: E402
+from mlx.utils import tree_flatten, tree_map  # noqa: E402
 
 import xlstm_metal as xm  # noqa: E402
 from xlstm_metal import metal  # noqa: E402
@@ -29,6 +31,7 @@ from xlstm_metal.blocks.sequence_gradients import mlstm_chunkwise_dispatch  # no
 from xlstm_metal.blocks.slstm import slstm_loop, slstm_sequence  # noqa: E402
 from xlstm_metal.blocks.step_kernel import mlstm_step_dispatch  # noqa: E402
 from xlstm_metal.model.config import xLSTMConfig  # noqa: E402
+from xlstm_metal.model.quantize import make_room, recipe  # noqa: E402
 from xlstm_metal.model.xlstm import Model  # noqa: E402
 from xlstm_metal.wiring.auto import make_block  # noqa: E402
 from xlstm_metal.wiring.wiring import Neuron  # noqa: E402
@@ -247,13 +250,13 @@ def cases(quick):
     yield "conv", "4096 channels there and back", with_gradient(conv_fused, (0, 3)), with_gradient(conv_plain, (0, 3)), None, partial(conv_case, 1, 2048, 4096, bf16), 1e-2, True
 
 
-def decoders(quick):
-    "Models whose decode step is timed: the bundled one, and eight blocks of the size of xLSTM 7B."
-    yield "bundled model", xm.load()[0]
+def decoders(quick, blocks=8):
+    "Models whose decode step is timed: the bundled one, and some blocks of the size of xLSTM 7B."
+    yield "bundled model", xm.load(dtype=mx.bfloat16)[0]
     if quick: return
-    model = Model(xLSTMConfig(vocab_size=50304, hidden_size=4096, num_hidden_layers=8, num_heads=8))
+    model = Model(xLSTMConfig(vocab_size=50304, hidden_size=4096, num_hidden_layers=blocks, num_heads=8))
     model.update(tree_map(lambda p: (.02 * mx.random.normal(p.shape)).astype(mx.bfloat16), model.parameters()))
-    yield "8 blocks of 7B", model
+    yield f"{blocks} blocks of 7B", model
 
 
 def decode_step(model, forward):
@@ -288,6 +291,34 @@ def decode(quick):
         for how, f in (("", lambda: step), (", compiled", lambda: mx.compile(step))):
             with kernels("off"): plain = per_token(model, f(), n)
             yield f"{name}{how}, a token", per_token(model, f(), n), plain
+
+
+def bits(quick):
+    "Fewer bits for each weight: a compiled step of a token, and a prompt."
+    from mlx_lm.utils import dequantize_model
+    ids = mx.random.randint(2, 4000, (1, 70 if quick else 2048))
+    def prompt(model, n=5):
+        def read(): mx.eval(model.prefill(ids, model.make_cache()))
+        read()
+        start = time.perf_counter()
+        for _ in range(n): read()
+        return (time.perf_counter() - start) / n
+    for name, model in decoders(quick, 32):
+        n = 10 if quick else 100
+        rows = [("16 bits", model)]
+        for choice in (8, "mixed", 4):
+            packed = deepcopy(model)
+            make_room(packed, recipe(packed, choice))
+            want = dequantize_model(deepcopy(packed)).prefill(ids, model.make_cache())
+            far = mx.abs(packed.prefill(ids, model.make_cache()) - want).max() / mx.abs(want).max()
+            assert far < .05, f"{name} with {choice} bits is {far.item():.1e} from its own weights unpacked"
+            rows.append((f"{choice} bits".replace("mixed bits", "mixed"), packed))
+        token = [per_token(m, mx.compile(decode_step(m, m)), n) for _, m in rows]
+        whole = [prompt(m) for _, m in rows]
+        for (what, m), t, p in zip(rows, token, whole):
+            size = sum(w.nbytes for _, w in tree_flatten(m.parameters())) / 1e9
+            yield f"{name}, {what}, {size:.3f} GB, a token", t, token[0]
+            yield f"{name}, {what}, a prompt of {ids.shape[1]}", p, whole[0]
 
 
 def wiring(quick):
@@ -360,7 +391,7 @@ def kernels(mode):
     finally: os.environ["XLSTM_METAL_KERNELS"] = before
 
 
-PARTS = "norm", "step", "sequence", "gradient", "conv", "slstm", "decode", "wiring", "training"
+PARTS = "norm", "step", "sequence", "gradient", "conv", "slstm", "decode", "bits", "wiring", "training"
 
 
 def main():
@@ -385,9 +416,9 @@ def main():
         print(f"{name:<34}{errors:>22}{1e3 * k:>11.3f}{1e3 * s:>11.3f}{s / k:>10.2f}{'  FAIL' if bad else ''}", flush=True)
         failed += bad
         mx.clear_cache()
-    for part, rows in (("decode", decode), ("wiring", wiring)):
+    for part, rows in (("decode", decode), ("bits", bits), ("wiring", wiring)):
         for name, k, s in rows(args.quick) if part in parts else ():
-            print(f"{name:<38}{'':>18}{1e3 * k:>11.3f}{1e3 * s:>11.3f}{s / k:>10.2f}", flush=True)
+            print(f"{name:<46}{'':>10}{1e3 * k:>11.3f}{1e3 * s:>11.3f}{s / k:>10.2f}", flush=True)
     if "training" in parts:
         ours, plain, k, s = training(args.quick)
         far = np.abs(ours - plain).max()
