@@ -6,7 +6,7 @@ Without names all parts. A row is a kernel and a size: worst relative error of t
 the same inputs, and the time of both (ten calls in flight together, median over rounds, compiled except for chunks). Exits with 1
 if a kernel is further than 1e-5 from float64, or 1e-2 where the result has 16 bits. Sizes named 7B are those of one block of
 xLSTM 7B. In the rows of `wiring` the two times are those of a wiring and of a loop over the same blocks; in those of `bits`, of
-quantised weights and of bfloat16; their logits are compared with those of the same weights unpacked. `--quick` takes the small sizes only; with XLSTM_METAL_KERNELS=host it runs anywhere.
+quantised weights and of bfloat16. `--quick` takes the small sizes only; with XLSTM_METAL_KERNELS=host it runs anywhere.
 """
 import argparse
 import os
@@ -303,15 +303,18 @@ def bits(quick):
         start = time.perf_counter()
         for _ in range(n): read()
         return (time.perf_counter() - start) / n
+    for choice in (8, "mixed", 4):
+        packed = xm.load(dtype=mx.float32, quantize=choice)[0]
+        got, want = (m.prefill(ids, m.make_cache()) for m in (packed, dequantize_model(deepcopy(packed))))
+        far = (mx.abs(got - want).max() / mx.abs(want).max()).item()
+        print(f"packed products, {choice}: {far:.1e} from those of the same weights unpacked", flush=True)
+        assert far < 1e-2 # a GPU multiplies float32 in fewer bits
     for name, model in decoders(quick, 32):
         n = 10 if quick else 100
         rows = [("16 bits", model)]
         for choice in (8, "mixed", 4):
             packed = deepcopy(model)
             make_room(packed, recipe(packed, choice))
-            want = dequantize_model(deepcopy(packed)).prefill(ids, model.make_cache())
-            far = mx.abs(packed.prefill(ids, model.make_cache()) - want).max() / mx.abs(want).max()
-            assert far < .05, f"{name} with {choice} bits is {far.item():.1e} from its own weights unpacked"
             rows.append((f"{choice} bits".replace("mixed bits", "mixed"), packed))
         token = [per_token(m, mx.compile(decode_step(m, m)), n) for _, m in rows]
         whole = [prompt(m) for _, m in rows]
