@@ -256,6 +256,7 @@ def decoders(quick, blocks=8):
     if quick: return
     model = Model(xLSTMConfig(vocab_size=50304, hidden_size=4096, num_hidden_layers=blocks, num_heads=8))
     model.update(tree_map(lambda p: (.02 * mx.random.normal(p.shape)).astype(mx.bfloat16), model.parameters()))
+    mx.eval(model.parameters()) # or a compiled step would draw them anew each time
     yield f"{blocks} blocks of 7B", model
 
 
@@ -315,6 +316,7 @@ def bits(quick):
         for choice in (8, "mixed", 4):
             packed = deepcopy(model)
             make_room(packed, recipe(packed, choice))
+            mx.eval(packed.parameters())
             rows.append((f"{choice} bits".replace("mixed bits", "mixed"), packed))
         token = [per_token(m, mx.compile(decode_step(m, m)), n) for _, m in rows]
         whole = [prompt(m) for _, m in rows]
