@@ -29,6 +29,9 @@ def gpu_kind() -> str | None:
     if mx.metal.is_available(): return "metal"
     return "cuda" if mx.device_info()["compute_capability_major"] >= 8 else None
 
+# %% ../nbs/01_metal.ipynb #172d23ea
+os.environ.setdefault("MLX_CUDA_GRAPH_CACHE_SIZE", "4000")
+
 # %% ../nbs/01_metal.ipynb #9c0f7312
 here = Path(__file__).resolve().parent if "__file__" in globals() else Path("../xlstm_metal").resolve()
 live = {} # texts whose cells ran in this process, by file name
