@@ -12,6 +12,8 @@ _home = {
     "generate": "generation.generate", "stream": "generation.generate",
     "xLSTMRunner": "generation.runner", "Playground": "generation.widgets",
     "State": "generation.state", "score": "generation.score",
+    "record": "generation.pictures", "plot_gates": "generation.pictures", "plot_memory": "generation.pictures",
+    "plot_surprise": "generation.pictures", "plot_state_norms": "generation.pictures",
     "convert": "model.convert", "save": "model.convert", "xLSTM": "model.layer", "WiredModel": "model.wired",
 }
 __all__ = ["__version__", *_home]
