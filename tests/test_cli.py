@@ -109,11 +109,6 @@ def test_bytes_that_are_no_text(args, locale, tmp_path):
 def test_a_prompt_that_is_no_text(): assert "it has '\\udcff' at place 1" in refused("generate", "-p", b"a\xff".decode(errors="surrogateescape"))
 
 
-def test_line_ends_from_a_pipe_are_those_of_a_file(tmp_path):
-    (tmp_path / "dos").write_bytes(b"a = 1\r\nb = 2\r\n")
-    with open(tmp_path / "dos") as f: assert run("score", "-f", "-", stdin=f).stdout == run("score", "-f", tmp_path / "dos").stdout
-
-
 def test_gpu_that_is_not_there():
     import mlx.core as mx
     if mx.is_available(mx.gpu): pytest.skip("this machine has a GPU")

@@ -131,9 +131,11 @@ class Source:
             return
         whole = isinstance(self.source, str) # line ends stay what they are
         with io.StringIO(self.source, newline="") if whole else open(self.source, encoding="utf-8", newline="") as f:
-            for ids, text in encode_pieces(self.tokenizer, f.read, self.args, self.start):
-                check_ids(np.array(ids), self.args.vocab_size)
-                yield ids, len(text.encode())
+            try:
+                for ids, text in encode_pieces(self.tokenizer, f.read, self.args, self.start):
+                    check_ids(np.array(ids), self.args.vocab_size)
+                    yield ids, len(text.encode())
+            except UnicodeDecodeError as e: raise StateError(f"{self.source} has changed, and is not UTF-8 text now ({e.reason})") from e
 
     def pieces(self, n: int, skip: int = 0): # n ids at a time, without the first few; yields as above
         ids, size = [], 0

@@ -208,7 +208,7 @@ def memories_html(trace: Trace) -> str:
 style = """<style>
 .xm-app { max-width: 1000px; gap: 6px; padding: 2px; box-sizing: border-box; }
 .xm-app .xm-row { flex-flow: row wrap; align-items: center; gap: 4px 6px; }
-.xm-app .xm-grow { flex: 1 1 14em; }
+.xm-app .xm-grow { flex: 1 1 14em; min-width: 0; } .xm-app select { min-width: 0; }
 .xm-app .widget-html-content { font-size: var(--jp-ui-font-size1, 13px); color: var(--jp-ui-font-color1, inherit); }
 .xm-app option { overflow: hidden; text-overflow: ellipsis; }
 .xm-app textarea { font-family: var(--jp-code-font-family, monospace); }
@@ -362,7 +362,7 @@ class Shown(Parts):
         self.said = (said or run and run.said or "", error)
         self.place.min, self.place.max = 0, len(run.tokens) if run else 0
         self.place.value = self.place.max
-        self.place.min = int(bool(run) and not run.marks[0][1].tokens) # of a text that begins here something is left
+        self.place.min = int(bool(run and run.tokens) and not run.marks[0][1].tokens) # of a text that begins here something is left
         self.history.options = [(label(r), r.number) for r in self.runs]
         self.history.index = self.runs.index(run) if run else None
         self.quiet = False
@@ -526,11 +526,13 @@ class Playground(Worker):
         self.halt()
         close_all(self.view)
 
+    def fields(self): return [self.prompt, self.more, self.file, self.watched, *self.controls.values()]
+
     def _repr_mimebundle_(self, **kw):
         if self.view.comm is None: # it was closed
-            values = {name: c.value for name, c in self.controls.items()}
-            self.build(self.prompt.value, Sampling())
-            for name, value in values.items(): self.controls[name].value = value
+            values = [w.value for w in self.fields()]
+            self.build("", Sampling())
+            for w, value in zip(self.fields(), values): w.value = value
             self.show()
         return self.view._repr_mimebundle_(**kw) | {"text/plain": repr(self)}
 
