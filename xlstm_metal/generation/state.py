@@ -70,7 +70,7 @@ class State:
     @property
     def tokens(self) -> int: return sum(self.counts) # of all rows together
     @property
-    def nbytes(self) -> int: # the same after one token and after a million
+    def nbytes(self) -> int: # without attention, the same after one token and after a million
         return sum(slot.nbytes for slot in self.cache)
 
     def __repr__(self):

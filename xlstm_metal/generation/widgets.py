@@ -6,7 +6,7 @@
 __all__ = ['most', 'style', 'signs', 'Token', 'Word', 'Run', 'read_run', 'write_run', 'own_chance', 'set_key', 'remember',
            'fork_run', 'take_over', 'last_words', 'text_html', 'surprise_html', 'stripes', 'ends', 'panel',
            'memories_html', 'visible', 'status_html', 'place_html', 'label', 'as_typed', 'as_meant', 'controls',
-           'wishes_of', 'button', 'box', 'Parts', 'Shown', 'Worker', 'sentence', 'Playground']
+           'wishes_of', 'button', 'box', 'Parts', 'Shown', 'Worker', 'sentence', 'Doings', 'Playground']
 
 # %% ../../nbs/generation/46_widgets.ipynb #d41b868c
 import asyncio, base64, io, re, secrets, time
@@ -431,25 +431,8 @@ def sentence(e: Exception) -> str:
     return first if isinstance(e, ValueError) and first else f"{type(e).__name__}: {first}"
 
 # %% ../../nbs/generation/46_widgets.ipynb #67ae062d
-class Playground(Worker):
-    "An app for JupyterLab and voila: write, stop, look inside, go back."
-    def __init__(self,
-        model: LanguageModel, # from `load`
-        tokenizer, # from `load`
-        prompt: str = "",
-        state: State | None = None, # a place to go on from: a long text that was read with `prefill`, say
-        **wishes, # what the controls say at first: max_tokens, temperature, ... as in `Sampling`
-    ):
-        if state: state.check_model(model)
-        if tokenizer is None: raise GenerationError("this checkpoint has no tokenizer, so it cannot read or write text")
-        if state and state.rows > 1: raise GenerationError(f"one text is written, but the state has {state.rows} rows")
-        self.model, self.tokenizer, self.runs, self.count = model, tokenizer, [], 0
-        try: self.loop = asyncio.get_running_loop() # a kernel always has one
-        except RuntimeError: self.loop = None
-        self.build(prompt, Sampling(**wishes))
-        if state: self.keep(Run(state.fork(), tokenizer, "a given state "))
-        self.show()
-
+class Doings(Worker):
+    "What the buttons do, step by step."
     def keep(self, run: Run) -> Run:
         "Put a run into the history and show it."
         self.count, self.run = self.count + 1, run
@@ -504,6 +487,26 @@ class Playground(Worker):
         yield f"reading {self.file.value}", 0, 1
         run = self.keep(Run(State.load(self.file.value, self.model), self.tokenizer, f"{self.file.value} "))
         return f"{run.state.tokens:,} tokens were read before"
+
+# %% ../../nbs/generation/46_widgets.ipynb #6d76de3d
+class Playground(Doings):
+    "An app for JupyterLab and voila: write, stop, look inside, go back."
+    def __init__(self,
+        model: LanguageModel, # from `load`
+        tokenizer, # from `load`
+        prompt: str = "",
+        state: State | None = None, # a place to go on from: a long text that was read with `prefill`, say
+        **wishes, # what the controls say at first: max_tokens, temperature, ... as in `Sampling`
+    ):
+        if state: state.check_model(model)
+        if tokenizer is None: raise GenerationError("this checkpoint has no tokenizer, so it cannot read or write text")
+        if state and state.rows > 1: raise GenerationError(f"one text is written, but the state has {state.rows} rows")
+        self.model, self.tokenizer, self.runs, self.count = model, tokenizer, [], 0
+        try: self.loop = asyncio.get_running_loop() # a kernel always has one
+        except RuntimeError: self.loop = None
+        self.build(prompt, Sampling(**wishes))
+        if state: self.keep(Run(state.fork(), tokenizer, "a given state "))
+        self.show()
 
     def pick(self):
         "Show the run that was chosen in the history."
