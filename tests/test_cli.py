@@ -76,6 +76,7 @@ def refused(*args, **kw):
     (["generate"], "there is no prompt"),
     (["generate", "-p", "x", "--max-tokens", -1], "max_tokens must be 0 or more, not -1"),
     (["generate", "-p", "x", "--seed", -1], "seed must be a whole number, 0 or more and below 2**64, not -1"),
+    (["generate", "-p", "x", "-m", "nobody", "--skip", 5], "--skip is for a text that is given with --file"),
     (["generate", "-p", "x", "--seed", 2**64], "seed must be a whole number"),
     (["generate", "-p", "x", "-m", "nobody", "--save-state", "/dev/null"], "/dev/null is not a file"),
     (["generate", "-p", "x", "-m", "nobody", "--save-state", __file__], "test_cli.py is not a state file, so it is not overwritten"),
@@ -104,6 +105,13 @@ def test_bytes_that_are_no_text(args, locale, tmp_path):
             f.write(b"a\xff\xfeb\n")
             f.seek(0)
             assert "not UTF-8" in refused(*args, stdin=f, env=dict(LC_ALL=locale, PYTHONUTF8=mode))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
+def test_output_to_a_full_disk():
+    with open("/dev/full", "w") as full:
+        r = subprocess.run([*XLSTM, "generate", "-p", "x", "--max-tokens", "2"], stdout=full, stderr=subprocess.PIPE, text=True, env=ENV, timeout=60)
+    assert (r.returncode, r.stderr) == (2, "xlstm-metal: the output cannot be written: No space left on device\n")
 
 
 def test_a_prompt_that_is_no_text(): assert "it has '\\udcff' at place 1" in refused("generate", "-p", b"a\xff".decode(errors="surrogateescape"))

@@ -7,7 +7,7 @@ __all__ = ['parser', 'add_convert', 'add_generation', 'add_score', 'add_device',
            'piped', 'use_device', 'say', 'speed', 'check_files', 'saved', 'chat', 'turn', 'listen', 'judge', 'wiring']
 
 # %% ../../nbs/generation/43_cli.ipynb #2164814c
-import argparse, json, os, sys
+import argparse, errno, json, os, sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -105,9 +105,12 @@ def main(argv: list[str] | None = None) -> int: # exit status
     except UnicodeDecodeError as e: # of a terminal, line by line
         print(f"xlstm-metal: standard input is not UTF-8 text ({e.reason})", file=sys.stderr)
         return 2
-    except BrokenPipeError: # the reader of our output has gone
+    except OSError as e:
+        if e.errno not in (errno.EPIPE, errno.ENOSPC): raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        if e.errno == errno.EPIPE: return 141 # the reader of our output has gone
+        print(f"xlstm-metal: the output cannot be written: {e.strerror}", file=sys.stderr)
+        return 2
 
 def run(args) -> int:
     if args.command == "mlx":
@@ -148,6 +151,7 @@ def write(args) -> int:
     if not (talk or prompt or file or place):
         raise GenerationError("there is no prompt: give one with --prompt" if prompt is None
                               else "the prompt is empty")
+    if getattr(args, "skip", 0) and not file: raise GenerationError("there is nothing to skip: --skip is for a text that is given with --file")
     check_files(file, place, keep)
     check_letters(prompt or "")
     use_device(args.device)
