@@ -176,6 +176,17 @@ def test_pages(lab):
     app.click("Text")
 
 
+def test_nothing_is_cut_on_a_narrow_page(lab):
+    lab.evaluate("jupyterapp.shell.collapseLeft()")
+    lab.set_viewport_size(dict(width=500, height=1400))
+    until(lambda: App(lab).root.bounding_box()["width"] < 460, "the narrow page")
+    time.sleep(.3)
+    over = App(lab).root.evaluate("""app => [...app.querySelectorAll('*')].filter(e =>
+        e.getBoundingClientRect().right > app.getBoundingClientRect().right + 1).map(e => e.className)""")
+    lab.set_viewport_size(dict(width=1250, height=1400))
+    assert over == []
+
+
 def test_text_is_no_page(lab):
     app, rude = App(lab), "<img src=x onerror='window.broken = 1'><script>window.broken = 1</script>&lt;b&gt;"
     app.root.locator("textarea").fill(rude)

@@ -75,6 +75,11 @@ def refused(*args, **kw):
     (["generate", "-p", ""], "the prompt is empty"),
     (["generate"], "there is no prompt"),
     (["generate", "-p", "x", "--max-tokens", -1], "max_tokens must be 0 or more, not -1"),
+    (["generate", "-p", "x", "--seed", -1], "seed must be a whole number, 0 or more and below 2**64, not -1"),
+    (["generate", "-p", "x", "-m", "nobody", "--skip", 5], "--skip is for a text that is given with --file"),
+    (["generate", "-p", "x", "--seed", 2**64], "seed must be a whole number"),
+    (["generate", "-p", "x", "-m", "nobody", "--save-state", "/dev/null"], "/dev/null is not a file"),
+    (["generate", "-p", "x", "-m", "nobody", "--save-state", __file__], "test_cli.py is not a state file, so it is not overwritten"),
     (["generate", "-p", "x", "-t", "-0.1"], "temperature must be 0 or above, not -0.1"),
     (["generate", "-p", "x", "--top-p", 1.5], "top_p must be above 0 and at most 1, not 1.5"),
     (["generate", "-p", "x", "-m", "./no/such/folder"], "there is no folder ./no/such/folder"),
@@ -90,6 +95,26 @@ def refused(*args, **kw):
 ])
 def test_refusals(args, says, tmp_path):
     assert says in refused(*args, env={"HF_HOME": str(tmp_path)})
+
+
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
+@pytest.mark.parametrize("args", [["generate", "-p", "-"], ["score", "-f", "-"], ["chat"]])
+def test_bytes_that_are_no_text(args, locale, tmp_path):
+    for mode in "01":
+        with open(tmp_path / "noise", "wb+") as f:
+            f.write(b"a\xff\xfeb\n")
+            f.seek(0)
+            assert "not UTF-8" in refused(*args, stdin=f, env=dict(LC_ALL=locale, PYTHONUTF8=mode))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
+def test_output_to_a_full_disk():
+    with open("/dev/full", "w") as full:
+        r = subprocess.run([*XLSTM, "generate", "-p", "x", "--max-tokens", "2"], stdout=full, stderr=subprocess.PIPE, text=True, env=ENV, timeout=60)
+    assert (r.returncode, r.stderr) == (2, "xlstm-metal: the output cannot be written: No space left on device\n")
+
+
+def test_a_prompt_that_is_no_text(): assert "it has '\\udcff' at place 1" in refused("generate", "-p", b"a\xff".decode(errors="surrogateescape"))
 
 
 def test_gpu_that_is_not_there():

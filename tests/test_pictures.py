@@ -12,6 +12,7 @@ from xlstm_metal.generation.pictures import horizon, plot_gates, plot_memory, pl
 from xlstm_metal.generation.pictures import record, slstm_shows, Trace, watch
 from xlstm_metal.generation.score import score
 from xlstm_metal.generation.state import State, batch
+from xlstm_metal.generation.widgets import memories_html
 from xlstm_metal.model.checkpoint import load
 from xlstm_metal.numerics import soft_cap
 from xlstm_metal.model.wired import WiredModel
@@ -163,4 +164,24 @@ def test_wirings_of_any_kind():
     with watch(model) as trace: assert mx.array_equal(model(ids), before)
     assert trace.at == [1, 2] and len(trace) == 9
     assert [a.shape for a in trace["memory"]] == [(2, 4, 9)] * 2 and np.ptp(trace["memory"][0], axis=-1).min() > 0
-    plot_gates(trace), plot_memory(trace), plot_state_norms(State(model).read(ids[0].tolist()))
+    names = lambda ticks: [t.get_text() for t in ticks]
+    for fig in (plot_gates(trace), plot_memory(trace)): assert names(fig.axes[0].get_yticklabels()) == ["mlstm 1", "slstm 2"]
+    assert names(plot_state_norms(State(model).read(ids[0].tolist())).axes[0].get_xticklabels()) == ["1", "2"]
+    page = memories_html(trace)
+    assert page.count(">mlstm 1<") == page.count(">slstm 2<") == 4
+
+
+def test_models_without_a_cell_say_so():
+    model = WiredModel(xLSTMWiring([Neuron("attention", 0, 16), Neuron("conv", 1, 16)]), 40).eval()
+    trace, state = record(model, None, [1, 2, 3]), State(model).read([1, 2, 3])
+    assert len(trace) == 0 and "no mLSTM and no sLSTM" in memories_html(trace)
+    for draw in (lambda: plot_gates(trace), lambda: plot_memory(trace), lambda: plot_state_norms(state)):
+        with pytest.raises(ValueError, match="this model has no mLSTM and no sLSTM"): draw()
+
+
+def test_nothing_recorded_and_states_of_others():
+    model, other = (load(FIXTURES / name, mx.float32)[0] for name in ("hf_tiny", "stack_tiny"))
+    with watch(model) as trace: pass
+    for draw in (plot_gates, plot_memory):
+        with pytest.raises(ValueError, match="nothing was recorded"): draw(trace)
+    with pytest.raises(ValueError, match="the state of another model"): record(model, None, [1, 2], State(other).read([1]))

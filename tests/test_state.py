@@ -16,10 +16,10 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from xlstm_metal.generation.files import StateError, read_arrays, write_arrays
 from xlstm_metal.generation.runner import xLSTMRunner
 from xlstm_metal.generation.score import score
-from xlstm_metal.generation.state import State, batch, load_state, unbatch
+from xlstm_metal.generation.state import Source, State, batch, load_state, unbatch
 from xlstm_metal.model.checkpoint import load
 from xlstm_metal.model.config import xLSTMConfig
-from xlstm_metal.model.tokenizer import encode_pieces
+from xlstm_metal.model.tokenizer import encode, encode_pieces
 
 HERE = Path(__file__).parent
 STACK = HERE / "fixtures" / "stack_tiny"
@@ -351,6 +351,19 @@ def test_line_ends_of_a_file_are_kept(bundled, tmp_path):
     text = "a = 1\r\nb = 2\r\n\r\nc\rd\n"
     (tmp_path / "dos").write_bytes(text.encode())
     assert same(State(model).prefill(tmp_path / "dos", tokenizer, None), State(model).prefill(text, tokenizer, None))
+
+
+@pytest.mark.parametrize("more, says", [(b"y = 2\n", None), (b"y\xff\n", "text has changed, and is not UTF-8 text now")])
+def test_a_file_that_is_written_to_while_it_is_read(bundled, tmp_path, more, says):
+    (model, tokenizer), text, n = bundled, tmp_path / "text", 0
+    text.write_text("x = 1\n" * 2000)
+    source = Source(text, tokenizer, model.args, True)
+    try:
+        for ids, _ in source:
+            if not n: text.write_bytes(text.read_bytes() + more * 2000)
+            n += len(ids)
+        assert not says and n == len(encode(tokenizer, text.read_text(), model.args))
+    except StateError as e: assert says and says in str(e)
 
 
 # ---------------------------------------------------------------- scores

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['parser', 'add_convert', 'add_generation', 'add_score', 'add_device', 'add_wiring', 'main', 'run', 'rewrite', 'write',
-           'use_device', 'say', 'speed', 'check_files', 'saved', 'chat', 'turn', 'listen', 'judge', 'wiring']
+           'piped', 'use_device', 'say', 'speed', 'check_files', 'saved', 'chat', 'turn', 'listen', 'judge', 'wiring']
 
 # %% ../../nbs/generation/43_cli.ipynb #2164814c
-import argparse, json, os, sys
+import argparse, errno, json, os, sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -102,9 +102,15 @@ def main(argv: list[str] | None = None) -> int: # exit status
     except KeyboardInterrupt as e:
         if e.args: print(f"xlstm-metal: {e}", file=sys.stderr)
         return 130
-    except BrokenPipeError: # the reader of our output has gone
+    except UnicodeDecodeError as e: # of a terminal, line by line
+        print(f"xlstm-metal: standard input is not UTF-8 text ({e.reason})", file=sys.stderr)
+        return 2
+    except OSError as e:
+        if e.errno not in (errno.EPIPE, errno.ENOSPC): raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        if e.errno == errno.EPIPE: return 141 # the reader of our output has gone
+        print(f"xlstm-metal: the output cannot be written: {e.strerror}", file=sys.stderr)
+        return 2
 
 def run(args) -> int:
     if args.command == "mlx":
@@ -135,16 +141,19 @@ def rewrite(args) -> int:
 def write(args) -> int:
     "`generate` and `chat`: wishes are checked before a model is loaded."
     from xlstm_metal.generation.generate import GenerationError, Sampling
+    from xlstm_metal.generation.state import check_letters
     wishes = {k: getattr(args, k) for k in ("max_tokens", "temperature", "top_k", "top_p", "min_p",
                                             "repetition_penalty", "seed", "stop")}
     Sampling(**wishes)
     talk = args.command == "chat" or args.interactive
     prompt, file, place, keep = (getattr(args, k, None) for k in ("prompt", "file", "load_state", "save_state"))
-    if prompt == "-": prompt = sys.stdin.read()
+    if prompt == "-": prompt = piped()
     if not (talk or prompt or file or place):
         raise GenerationError("there is no prompt: give one with --prompt" if prompt is None
                               else "the prompt is empty")
+    if getattr(args, "skip", 0) and not file: raise GenerationError("there is nothing to skip: --skip is for a text that is given with --file")
     check_files(file, place, keep)
+    check_letters(prompt or "")
     use_device(args.device)
     from xlstm_metal.generation.runner import xLSTMRunner
     runner = xLSTMRunner.from_pretrained(args.model, args.dtype, revision=args.revision, quantize=args.quantize)
@@ -159,6 +168,9 @@ def write(args) -> int:
         print(flush=True)
         if last: print(speed(last), file=sys.stderr)
     return 0
+
+def piped() -> str: # line ends stay what they are, as in a file
+    return sys.stdin.buffer.read().decode()
 
 def use_device(name: str | None):
     "Compute on 'cpu' or 'gpu', or where MLX would by itself."
@@ -244,7 +256,7 @@ def listen(pieces) -> tuple[str, list[int]]: # what was shown, and the ids that 
 def judge(args) -> int:
     "`score`: a summary in one line, and each token before it if that is wished for."
     check_files(None if args.file == "-" else args.file, args.load_state)
-    source = sys.stdin.read() if args.file == "-" else Path(args.file)
+    source = piped() if args.file == "-" else Path(args.file)
     use_device(args.device)
     from xlstm_metal.generation.score import score
     from xlstm_metal.generation.state import State

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 from ..model.xlstm import Model
 from ..model.tokenizer import encode
-from .state import State
+from .files import StateError
+from .state import State, check_letters
 
 # %% ../../nbs/generation/41_generate.ipynb #8a2e2213
 class GenerationError(ValueError):
@@ -39,6 +40,7 @@ class Sampling:
                 ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
                 ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
                 ("repetition_penalty", penalty is None or penalty > 0, "above 0"),
+                ("seed", self.seed is None or 0 <= self.seed < 2**64, "a whole number, 0 or more and below 2**64"),
                 ("stop", all(self.stop), "texts that are not empty")):
             if not ok: raise GenerationError(f"{name} must be {must}, not {getattr(self, name)!r}")
 
@@ -115,6 +117,10 @@ def stream(
     fresh, V = state is None or state.tokens == skip, model.args.vocab_size
     if len(prompt) == 0 and fresh: raise GenerationError("the prompt is empty")
     if state and state.rows > 1: raise GenerationError(f"one text is written, but the state has {state.rows} rows")
+    try:
+        if state: state.check_model(model)
+        if isinstance(prompt, str): check_letters(prompt)
+    except StateError as e: raise GenerationError(str(e)) from e
     ids = encode(tokenizer, prompt, model.args, start=fresh) if isinstance(prompt, str) else list(prompt)
     if bad := [t for t in ids if not 0 <= t < V]:
         raise GenerationError(f"token id {bad[0]} is outside the vocabulary of {V}")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log_norm', 'rms', 'step_by_step', 'mlstm_shows', 'slstm_shows', 'Trace', 'watch', 'record', 'horizon', 'heat',
-           'two_heats', 'plot_gates', 'plot_memory', 'plot_state_norms', 'write_numbers', 'spelled', 'laid_out',
-           'plot_surprise']
+           'two_heats', 'check_trace', 'plot_gates', 'plot_memory', 'plot_state_norms', 'write_numbers', 'spelled',
+           'laid_out', 'plot_surprise']
 
 # %% ../../nbs/generation/45_pictures.ipynb #e424cb32
 import re
@@ -78,7 +78,7 @@ class Trace:
         at = self.names.index(name)
         return [np.concatenate([np.array(f[j][at]) for f in self.forwards], axis=-1) for j in self.at]
 
-    def __len__(self): return sum(f[self.at[0]][0].shape[-1] for f in self.forwards) # tokens
+    def __len__(self): return sum(f[j][0].shape[-1] for f in self.forwards for j in self.at[:1]) # tokens
 
 # %% ../../nbs/generation/45_pictures.ipynb #c792e994
 @contextmanager
@@ -123,6 +123,7 @@ def watch(
 
 def record(model, tokenizer, source, state: State | None = None) -> Trace:
     "What the cells do while a model reads a text, a file or ids; arguments as for `score`."
+    if state: state.check_model(model)
     state = state.fork() if state else State(model)
     with watch(model) as trace: state.prefill(source, tokenizer, progress=None)
     return trace
@@ -163,13 +164,18 @@ def two_heats(trace, first, second, texts, row):
     else: axes[1].set_xticks(range(len(texts)), [repr(t)[1:-1].replace(" ", "·") for t in texts], rotation=90, family="monospace", fontsize=8)
     return fig
 
+def check_trace(trace):
+    if not trace.at: raise StateError("this model has no mLSTM and no sLSTM, so there is nothing to show")
+    if not len(trace): raise StateError("nothing was recorded, so there is nothing to show")
+
 def plot_gates(
     trace: Trace,
     texts: list[str] | None = None, # of the tokens, written below; for a few dozen
     row: int = 0, # of a batch
 ): # a matplotlib figure
-    "How far back each head remembers, and how strongly it writes, token by token."
+    "How far back each head remembers, and how strongly it writes, token by token. Raises `StateError` for an empty trace."
     from matplotlib.colors import LogNorm
+    check_trace(trace)
     far = [horizon(f) for f in trace["log_forget"]]
     scale = dict(cmap="viridis", norm=LogNorm(1, max(10, *[np.nanmax(f[row]) for f in far])))
     return two_heats(trace, (far, "forget horizon, in tokens", scale),
@@ -177,8 +183,9 @@ def plot_gates(
 
 # %% ../../nbs/generation/45_pictures.ipynb #ba12d728
 def plot_memory(trace: Trace, texts: list[str] | None = None, row: int = 0): # as for `plot_gates`
-    "How large each memory is, and how much is read from it, token by token."
+    "How large each memory is, and how much is read from it, token by token. Raises `StateError` for an empty trace."
     from matplotlib.colors import LogNorm
+    check_trace(trace)
     read = trace["read"]
     return two_heats(trace, (trace["memory"], "size of the memory, as a logarithm", dict(cmap="magma")),
                      (read, "strength of the read-out", dict(cmap="viridis", norm=LogNorm())), texts, row)
@@ -189,7 +196,7 @@ def plot_state_norms(state: State, row: int = 0): # a matplotlib figure
     import matplotlib.pyplot as plt
     if state.logits is None: raise StateError("a state that has read nothing has no memories to show")
     cells = [(j, n.kind, slot) for j, (n, slot) in enumerate(zip(state.model.wiring.neurons, state.cache)) if n.kind in ("mlstm", "slstm")]
-    kinds = [kind for _, kind, _ in cells]
+    if not cells: raise StateError("this model has no mLSTM and no sLSTM, so there is nothing to show")
     arrays = [slot.cache[kind == "slstm":][:3] for _, kind, slot in cells] # C, n, m; an sLSTM's y is left out
     fig, axes = plt.subplots(1, 2, figsize=(9, 2.4), layout="constrained")
     for ax, at, title in zip(axes, (0, 1), ("size of the memory C", "size of the normaliser n")):
@@ -198,7 +205,8 @@ def plot_state_norms(state: State, row: int = 0): # a matplotlib figure
         for j, s in enumerate(sizes): grid[:len(s), j] = s
         fig.colorbar(ax.imshow(grid, aspect="auto", cmap="magma"), ax=ax, pad=.02)
         if grid.size <= 64: write_numbers(ax, grid)
-        ax.set_xticks(range(len(kinds))[::-(-len(kinds) // 16)])
+        some = slice(None, None, -(-len(cells) // 16)) # of many blocks, some are named
+        ax.set_xticks(range(len(cells))[some], [j for j, _, _ in cells][some])
         ax.set_yticks(range(len(grid)))
         ax.set(xlabel="block", ylabel="head")
         ax.set_title(f"{title}, as a logarithm", loc="left", fontsize=10)

@@ -61,6 +61,7 @@ def score(
     progress=None, # as for `prefill`
 ) -> Score:
     "Judge a text of any length; memory grows by eight bytes a token. Raises `StateError` before anything is read."
+    if state: state.check_model(model)
     if state and state.rows > 1: raise StateError(f"one text is judged, but the state has {state.rows} rows")
     state, ids, parts = state.fork() if state else State(model), [], []
     source = Source(source, tokenizer, model.args, start=state.tokens == 0)

@@ -6,7 +6,7 @@
 __all__ = ['most', 'style', 'signs', 'Token', 'Word', 'Run', 'read_run', 'write_run', 'own_chance', 'set_key', 'remember',
            'fork_run', 'take_over', 'last_words', 'text_html', 'surprise_html', 'stripes', 'ends', 'panel',
            'memories_html', 'visible', 'status_html', 'place_html', 'label', 'as_typed', 'as_meant', 'controls',
-           'wishes_of', 'button', 'box', 'Parts', 'Shown', 'Worker', 'sentence', 'Playground']
+           'wishes_of', 'button', 'box', 'Parts', 'Shown', 'Worker', 'sentence', 'Doings', 'Playground']
 
 # %% ../../nbs/generation/46_widgets.ipynb #d41b868c
 import asyncio, base64, io, re, secrets, time
@@ -154,8 +154,9 @@ def surprise_html(run: Run, place: int | None = None) -> str:
     for w in words:
         strength = 0 if np.isnan(w.bits) else min(w.bits / 14, 1) * .85
         mine = place is not None and start < place <= w.end
+        said = "nothing predicted it" if np.isnan(w.bits) else f"{w.bits:.1f} bits"
         text = f"<i>{escape(w.text)}</i>" if w.special else escape(w.text).replace("\n", "<i>⏎</i>\n")
-        out += f"<span{' class=xm-here' * mine} style='background:rgba(235,100,52,{strength:.2f})' title='{w.bits:.1f} bits'>{text}</span>"
+        out += f"<span{' class=xm-here' * mine} style='background:rgba(235,100,52,{strength:.2f})' title='{said}'>{text}</span>"
         start = w.end
     return f"<pre>{out}</pre>"
 
@@ -181,7 +182,7 @@ def panel(title: str, names: list[str], values: list[np.ndarray], colours: str, 
     from matplotlib.colors import to_hex
     (low, high), size = ends(values), int(np.clip(110 // sum(map(len, values)), 1, 8))
     shares = [len(v) * size + 2 for v in values]
-    every = -(-len(names) // 12) # of many blocks, some are named
+    every = -(-12 // min(shares)) # of many low blocks, some are named
     left = "".join(f"<span style='flex:{share} 0 0'>{'' if j % every else names[j]}</span>" for j, share in enumerate(shares))
     scale = ",".join(to_hex(colormaps[colours](x)) for x in np.linspace(0, 1, 9))
     png = base64.b64encode(stripes([v[:, -1024:] for v in values], colours, low, high, size)).decode()
@@ -190,9 +191,10 @@ def panel(title: str, names: list[str], values: list[np.ndarray], colours: str, 
 
 def memories_html(trace: Trace) -> str:
     "How far back the memories of all heads reach, how strongly they write, how large they are, how much is read."
+    if not trace.at: return "<i>This model has no mLSTM and no sLSTM.</i>"
     if not trace.forwards: return "<i>Nothing was watched.</i>"
     kinds = len({n.kind for n in trace.neurons}) > 1 # named if there are several
-    names = [f"{n.kind} {j}" if kinds else str(j) for j, n in enumerate(trace.neurons)]
+    names = [f"{n.kind} {j}" if kinds else str(j) for j, n in zip(trace.at, trace.neurons)]
     log_forget, gate, memory, strength = ([v[0] for v in trace[name]] for name in ("log_forget", "input", "memory", "read"))
     def log(values): return [np.log(np.maximum(v, 1e-30)) for v in values]
     def unlog(v): return f"{np.exp(v):,.0f}" if v > np.log(100) else f"{np.exp(v):.2g}"
@@ -206,8 +208,9 @@ def memories_html(trace: Trace) -> str:
 style = """<style>
 .xm-app { max-width: 1000px; gap: 6px; padding: 2px; box-sizing: border-box; }
 .xm-app .xm-row { flex-flow: row wrap; align-items: center; gap: 4px 6px; }
-.xm-app .xm-grow { flex: 1 1 14em; }
+.xm-app .xm-grow { flex: 1 1 14em; min-width: 0; } .xm-app select { min-width: 0; }
 .xm-app .widget-html-content { font-size: var(--jp-ui-font-size1, 13px); color: var(--jp-ui-font-color1, inherit); }
+.xm-app option { overflow: hidden; text-overflow: ellipsis; }
 .xm-app textarea { font-family: var(--jp-code-font-family, monospace); }
 .xm-page { border: 1px solid var(--jp-border-color2, #ccc); border-radius: 4px; padding: 6px 10px; overflow: auto; box-sizing: border-box;
   min-height: 10em; max-height: 32em; display: flex; flex-direction: column-reverse; } /* stays at the end of what grows */
@@ -247,7 +250,7 @@ def place_html(run: Run, place: int) -> str:
         z = np.array(run.state.logits[0], np.float64)
         p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
         likely = [t for t in np.argsort(-p)[:5].tolist() if p[t] >= .01]
-        out += "; next may come " + ", ".join(f"<code>{visible(run.tokenizer.decode([t]))}</code> {p[t]:.0%}" for t in likely)
+        out += "; next may come " + (", ".join(f"<code>{visible(run.tokenizer.decode([t]))}</code> {p[t]:.0%}" for t in likely) or "anything")
     return f"<div class=xm-note>{out}</div>"
 
 def label(run: Run) -> str: # in the history
@@ -276,13 +279,13 @@ def controls(sampling: Sampling) -> dict: # name -> widget
         top_p=slider(s.top_p, .01, 1., "top p"), seed=text("" if s.seed is None else str(s.seed), "seed", "another each time"),
         top_k=number(s.top_k, "top k"), min_p=slider(s.min_p, 0., 1., "min p"),
         repetition_penalty=slider(s.repetition_penalty or 1., 1., 2., "repetition"),
-        stop=text("|".join(map(as_typed, s.stop)), "stop at", r"a text; several: END|\n\n"))
+        stop=text("|".join(map(as_typed, s.stop)), "stop at", r"such as END|\n\n"))
 
 def wishes_of(controls: dict) -> dict: # for `stream`
     "What the controls say. Raises `GenerationError`."
     got = {name: c.value for name, c in controls.items()}
     seed = got["seed"].strip()
-    if seed and not (seed.isdecimal() and int(seed) < 2**64): raise GenerationError(f"seed must be a whole number, 0 or more, not {seed}")
+    if seed and not (seed.isdecimal() and len(seed) < 30): raise GenerationError(f"seed must be a whole number, 0 or more, not {seed}")
     got["seed"] = None if not got["temperature"] else int(seed) if seed else secrets.randbelow(2**32)
     got["repetition_penalty"] = None if got["repetition_penalty"] == 1 else got["repetition_penalty"]
     got["stop"] = tuple(map(as_meant, re.findall(r"(?:[^|\\]|\\.?)+", got["stop"])))
@@ -316,7 +319,7 @@ class Parts:
         self.more = w.Text(placeholder="to be read before it continues; may be empty", layout=dict(width="auto", margin="0")).add_class("xm-grow")
         self.unfold = w.ToggleButton(False, description="More", icon="sliders", layout=dict(width="auto", margin="0"))
         self.controls = controls(sampling)
-        self.watched = w.Checkbox(True, description="watch the memories", indent=False, layout=dict(width="auto", margin="0 0 0 7em"))
+        self.watched = w.Checkbox(True, description="watch the memories", indent=False, layout=dict(width="auto", margin="0 0 0 4em"))
         first, rest = list(self.controls.values())[:4], [*list(self.controls.values())[4:], self.watched]
         grid = dict(classes="xm-grid", grid_template_columns="repeat(auto-fill, minmax(17em, 1fr))", grid_gap="4px 6px")
         first, rest = box(*first, display="grid", **grid), box(*rest, display="none", **grid)
@@ -359,7 +362,7 @@ class Shown(Parts):
         self.said = (said or run and run.said or "", error)
         self.place.min, self.place.max = 0, len(run.tokens) if run else 0
         self.place.value = self.place.max
-        self.place.min = int(bool(run) and not run.marks[0][1].tokens) # of a text that begins here something is left
+        self.place.min = int(bool(run and run.tokens) and not run.marks[0][1].tokens) # of a text that begins here something is left
         self.history.options = [(label(r), r.number) for r in self.runs]
         self.history.index = self.runs.index(run) if run else None
         self.quiet = False
@@ -428,24 +431,8 @@ def sentence(e: Exception) -> str:
     return first if isinstance(e, ValueError) and first else f"{type(e).__name__}: {first}"
 
 # %% ../../nbs/generation/46_widgets.ipynb #67ae062d
-class Playground(Worker):
-    "An app for JupyterLab and voila: write, stop, look inside, go back."
-    def __init__(self,
-        model: LanguageModel, # from `load`
-        tokenizer, # from `load`
-        prompt: str = "",
-        state: State | None = None, # a place to go on from: a long text that was read with `prefill`, say
-        **wishes, # what the controls say at first: max_tokens, temperature, ... as in `Sampling`
-    ):
-        if tokenizer is None: raise GenerationError("this checkpoint has no tokenizer, so it cannot read or write text")
-        if state and state.rows > 1: raise GenerationError(f"one text is written, but the state has {state.rows} rows")
-        self.model, self.tokenizer, self.runs, self.count = model, tokenizer, [], 0
-        try: self.loop = asyncio.get_running_loop() # a kernel always has one
-        except RuntimeError: self.loop = None
-        self.build(prompt, Sampling(**wishes))
-        if state: self.keep(Run(state.fork(), tokenizer, "a given state "))
-        self.show()
-
+class Doings(Worker):
+    "What the buttons do, step by step."
     def keep(self, run: Run) -> Run:
         "Put a run into the history and show it."
         self.count, self.run = self.count + 1, run
@@ -468,8 +455,10 @@ class Playground(Worker):
     def continuing(self):
         run, wishes = self.run, wishes_of(self.controls)
         if self.more.value:
-            yield from self.reading(run, encode(self.tokenizer, self.more.value, self.model.args, start=False))
-            self.more.value = "" # it has been read
+            ids, before = encode(self.tokenizer, self.more.value, self.model.args, start=not run.state.tokens), len(run.tokens)
+            try: yield from self.reading(run, ids)
+            finally: # stopped in the middle, the rest is yet to be read
+                if read := len(run.tokens) - before: self.more.value = self.tokenizer.decode(ids[read:])
         return (yield from self.writing(run, wishes))
 
     def reading(self, run, ids):
@@ -499,6 +488,26 @@ class Playground(Worker):
         run = self.keep(Run(State.load(self.file.value, self.model), self.tokenizer, f"{self.file.value} "))
         return f"{run.state.tokens:,} tokens were read before"
 
+# %% ../../nbs/generation/46_widgets.ipynb #6d76de3d
+class Playground(Doings):
+    "An app for JupyterLab and voila: write, stop, look inside, go back."
+    def __init__(self,
+        model: LanguageModel, # from `load`
+        tokenizer, # from `load`
+        prompt: str = "",
+        state: State | None = None, # a place to go on from: a long text that was read with `prefill`, say
+        **wishes, # what the controls say at first: max_tokens, temperature, ... as in `Sampling`
+    ):
+        if state: state.check_model(model)
+        if tokenizer is None: raise GenerationError("this checkpoint has no tokenizer, so it cannot read or write text")
+        if state and state.rows > 1: raise GenerationError(f"one text is written, but the state has {state.rows} rows")
+        self.model, self.tokenizer, self.runs, self.count = model, tokenizer, [], 0
+        try: self.loop = asyncio.get_running_loop() # a kernel always has one
+        except RuntimeError: self.loop = None
+        self.build(prompt, Sampling(**wishes))
+        if state: self.keep(Run(state.fork(), tokenizer, "a given state "))
+        self.show()
+
     def pick(self):
         "Show the run that was chosen in the history."
         if self.quiet or self.busy or self.history.index is None: return
@@ -520,11 +529,13 @@ class Playground(Worker):
         self.halt()
         close_all(self.view)
 
+    def fields(self): return [self.prompt, self.more, self.file, self.watched, *self.controls.values()]
+
     def _repr_mimebundle_(self, **kw):
         if self.view.comm is None: # it was closed
-            values = {name: c.value for name, c in self.controls.items()}
-            self.build(self.prompt.value, Sampling())
-            for name, value in values.items(): self.controls[name].value = value
+            values = [w.value for w in self.fields()]
+            self.build("", Sampling())
+            for w, value in zip(self.fields(), values): w.value = value
             self.show()
         return self.view._repr_mimebundle_(**kw) | {"text/plain": repr(self)}
 
