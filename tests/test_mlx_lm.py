@@ -320,6 +320,18 @@ def test_refused_before_work(mlx):
     assert "--quantize mixed" in mlx("convert", "--model", "model", "-q", "--quant-predicate", "mixed_4_6", status=2)
     assert "there is no folder ./nowhere" in mlx("perplexity", "--model", "./nowhere", status=2)
     assert "no such command" in mlx("paint", status=2)
+    assert "the last one is 65535" in mlx("server", "--port", 99999, status=2)
+    assert "there is no folder no for" in mlx("cache_prompt", "--prompt", "x", "--prompt-cache-file", "no/such.safetensors", status=2)
+
+
+def test_files_that_are_missing_or_spoilt(mlx, home, tmp_path):
+    import shutil
+    shutil.copytree(home / "model", home / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    (tmp_path / "spoilt.safetensors").write_text("junk")
+    for argv, reason in ((("--model", "mute"), "has no tokenizer"), (("--model", "model", "--prompt-cache-file", tmp_path / "spoilt.safetensors"), "Unable to read"),
+                         (("--model", "model", "--prompt-cache-file", tmp_path / "nowhere.safetensors"), "Failed to open")):
+        said = mlx("generate", "-p", "x", "-m", 2, *argv, status=2)
+        assert reason in said.splitlines()[-1] and "Traceback" not in said
 
 
 @pytest.fixture(scope="module")
