@@ -117,7 +117,8 @@ def mlx(argv: list[str]) -> int: # exit status
     "`xlstm-metal mlx`: a command of mlx-lm's, with xLSTM."
     command, argv = (argv or ["--help"])[0], argv[1:]
     try:
-        if command in ("-h", "--help"): print(overview)
+        if command in ("-h", "--help") or command in ("enable", "disable") and {"-h", "--help"} & set(argv): print(overview)
+        elif command in ("enable", "disable") and argv: raise ValueError(f"it takes no arguments, and {argv[0]} is one")
         elif command == "enable": print(enable())
         elif command == "disable": print(disable())
         elif command not in commands: raise ValueError(f"there is no such command; there are {', '.join(commands)}, enable, disable")
