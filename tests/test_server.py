@@ -210,6 +210,18 @@ def test_ends(folder, tmp_path, server):
     assert running.process.returncode == 0 and "Traceback" not in said, said
 
 
+def test_more_connections_than_select_takes():
+    import fcntl, resource, types
+    from xlstm_metal.generation.server import Watched
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < 2000: resource.setrlimit(resource.RLIMIT_NOFILE, (2000, hard))
+    here, there = socket.socketpair()
+    watched = Watched(types.SimpleNamespace(_stop=False), socket.socket(fileno=fcntl.fcntl(here.fileno(), fcntl.F_DUPFD, 1500)))
+    watched.look()
+    there.close()
+    with pytest.raises(ConnectionAbortedError): watched.look()
+
+
 def test_a_stack_is_served_too(tmp_path):
     import shutil
     from mlx.utils import tree_flatten

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['largest', 'paths', 'listen', 'PromptCache', 'Refused', 'need', 'check_text', 'check_numbers', 'moderate',
-           'check_wishes', 'reserved', 'check_model', 'Reader', 'Handler', 'Watched', 'Generator', 'Server', 'serve',
-           'prepare']
+           'check_wishes', 'reserved', 'check_model', 'Speaker', 'Reader', 'Handler', 'Watched', 'Generator', 'Server',
+           'serve', 'prepare']
 
 # %% ../../nbs/generation/48_server.ipynb #b0203143
 import io, json, logging, re, select, socket, time
@@ -93,33 +93,10 @@ def check_model(body: dict, names: list[str]): # of the model that is served; th
     need(body.get("adapters") is None and body.get("draft_model") in (None, "default_model"),
          "adapters are chosen when the server starts")
 
-# %% ../../nbs/generation/48_server.ipynb #fb804254
-largest = 32 << 20 # bytes of a body: a prompt of some ten million tokens
-paths = "/v1/completions", "/v1/chat/completions", "/chat/completions"
-
-class Reader(APIHandler):
-    "The part of a handler that reads and checks requests."
-    timeout = 60 # seconds that a client may take to send or to accept something
-
-    def read_body(self) -> dict:
-        need(self.path in paths, f"there is no {self.path}", 404)
-        need((length := self.headers.get("Content-Length")) is not None, "the request must say its Content-Length", 411)
-        need(re.fullmatch("[0-9]{1,15}", length), "Content-Length must be a whole number")
-        need(int(length) <= largest, f"a request may have {largest >> 20} MB, not {int(length) >> 20}", 413)
-        raw = self.rfile.read(int(length))
-        need(len(raw) == int(length), "the request is shorter than its Content-Length")
-        def no(constant): raise ValueError(f"{constant} is not a number")
-        try: body = json.loads(raw, parse_constant=no)
-        except (ValueError, RecursionError) as e: raise Refused(400, f"the request is not JSON: {e}") from e
-        need(isinstance(body, dict), "the request must be a JSON object")
-        try: json.dumps(body, ensure_ascii=False).encode()
-        except UnicodeEncodeError: raise Refused(400, "the request has half of a surrogate pair in it") from None
-        body = {key: value for key, value in body.items() if value is not None} # null is what is not given
-        check_model(body, self.names)
-        check_text(self.path, body)
-        check_numbers(body, self.vocab_size)
-        check_wishes(body, self.vocab_size)
-        return body
+# %% ../../nbs/generation/48_server.ipynb #1609bc68
+class Speaker(APIHandler):
+    "The part of a handler that knows the model, and refuses."
+    def log_message(self, form, *args): logging.info(form, *args) # as loud as --log-level says
 
     @property
     def names(self) -> list[str]: # of the one model that is served
@@ -135,36 +112,9 @@ class Reader(APIHandler):
             time.sleep(.05)
         return model.args.vocab_size
 
-# %% ../../nbs/generation/48_server.ipynb #e418d442
-class Handler(Reader):
-    "mlx-lm's handler, which gets only requests that it can serve, and is told when a client has left."
-    def log_message(self, form, *args): logging.info(form, *args) # as loud as --log-level says
-
-    def handle(self):
-        try: super().handle()
-        except OSError as e: # of its connection
-            logging.info(f"a client left: {e}")
-
-    def do_POST(self):
-        try: self.serve(self.read_body())
-        except Refused as e: self.refuse(e)
-
     def refuse(self, e: Refused):
         self.answer(e.status, {"error": {"message": str(e), "type": "invalid_request_error"}})
         self.linger()
-
-    def serve(self, body: dict):
-        "Give a checked request to mlx-lm's handler."
-        self.asked = body.get("model") or "default_model"
-        options = {"include_usage": False} | (body.get("stream_options") or {})
-        data = json.dumps(body | {"model": "default_model", "stream_options": options}).encode()
-        self.headers.replace_header("Content-Length", str(len(data)))
-        self.rfile = io.BytesIO(data)
-        self.response_generator = Watched(self.response_generator, self.connection)
-        super().do_POST()
-
-    def generate_response(self, *args, **kw):
-        return super().generate_response(*args, **kw) | {"model": self.asked}
 
     def handle_models_request(self):
         model = {"id": self.names[0], "object": "model", "created": self.created, "owned_by": "local"}
@@ -185,10 +135,63 @@ class Handler(Reader):
         end = time.monotonic() + 1
         while time.monotonic() < end and self.connection.recv(1 << 16): pass
 
+# %% ../../nbs/generation/48_server.ipynb #fb804254
+largest = 32 << 20 # bytes of a body: a prompt of some ten million tokens
+paths = "/v1/completions", "/v1/chat/completions", "/chat/completions"
+
+class Reader(Speaker):
+    "The part of a handler that reads and checks requests."
+    timeout = 60 # seconds that a client may take to send or to accept something
+
+    def read_body(self) -> dict:
+        need(self.path in paths, f"there is no {self.path}", 404)
+        need((length := self.headers.get("Content-Length")) is not None, "the request must say its Content-Length", 411)
+        need(re.fullmatch("[0-9]{1,15}", length), "Content-Length must be a whole number")
+        need(int(length) <= largest, f"a request may have {largest >> 20} MB, not {int(length) >> 20}", 413)
+        raw = self.rfile.read(int(length))
+        need(len(raw) == int(length), "the request is shorter than its Content-Length")
+        def no(constant): raise ValueError(f"{constant} is not a number")
+        try:
+            body = json.loads(raw, parse_constant=no)
+            json.dumps(body, ensure_ascii=False).encode() # which half of a surrogate pair cannot be
+        except (ValueError, RecursionError) as e: raise Refused(400, f"the request is not JSON: {e}") from e
+        need(isinstance(body, dict), "the request must be a JSON object")
+        body = {key: value for key, value in body.items() if value is not None} # null is what is not given
+        check_model(body, self.names)
+        check_text(self.path, body)
+        check_numbers(body, self.vocab_size)
+        check_wishes(body, self.vocab_size)
+        return body
+
+# %% ../../nbs/generation/48_server.ipynb #e418d442
+class Handler(Reader):
+    "mlx-lm's handler, which gets only requests that it can serve, and is told when a client has left."
+    def handle(self):
+        try: super().handle()
+        except OSError as e: # of its connection
+            logging.info(f"a client left: {e}")
+
+    def do_POST(self):
+        try: self.serve(self.read_body())
+        except Refused as e: self.refuse(e)
+
+    def serve(self, body: dict):
+        "Give a checked request to mlx-lm's handler."
+        self.asked = body.get("model") or "default_model"
+        options = {"include_usage": False} | (body.get("stream_options") or {})
+        data = json.dumps(body | {"model": "default_model", "stream_options": options}).encode()
+        self.headers.replace_header("Content-Length", str(len(data)))
+        self.rfile = io.BytesIO(data)
+        self.response_generator = Watched(self.response_generator, None if body.get("stream") else self.connection)
+        super().do_POST()
+
+    def generate_response(self, *args, **kw):
+        return super().generate_response(*args, **kw) | {"model": self.asked}
+
 # %% ../../nbs/generation/48_server.ipynb #10217055
 class Watched:
     "mlx-lm's generator of answers, for a client that may leave."
-    def __init__(self, generator, connection: socket.socket):
+    def __init__(self, generator, connection: socket.socket | None): # None: a stream, which fails by itself
         self.generator, self.connection = generator, connection
 
     def __getattr__(self, name): return getattr(self.generator, name)
@@ -196,8 +199,10 @@ class Watched:
     def look(self):
         "A closed connection can be read from, and there is nothing to read."
         if self.generator._stop: raise ConnectionAbortedError("the server ends")
-        if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK):
-            raise ConnectionAbortedError("nobody waits for the answer")
+        if self.connection is None: return
+        poll = select.poll() # select.select takes no more than 1024 connections
+        poll.register(self.connection, select.POLLIN)
+        if poll.poll(0) and not self.connection.recv(1, socket.MSG_PEEK): raise ConnectionAbortedError("nobody waits for the answer")
 
     def generate(self, request, args, progress_callback=None):
         def progress(*counts):
