@@ -302,6 +302,28 @@ def test_a_quantised_copy_runs_with_plain_mlx_lm(chatty, mlx):
     assert spoken(r.stdout) == spoken(mlx(*argv)) == ours.strip()
 
 
+PLAIN_BATCH = """
+import sys
+sys.modules["xlstm_metal"] = None
+import mlx.core as mx, mlx_lm
+from mlx_lm.generate import batch_generate, generate_step
+model, tokenizer = mlx_lm.load(sys.argv[1], trust_remote_code=True)
+def alone(ids): return [t for t, _ in generate_step(mx.array(ids), model, max_tokens=5)]
+def batch(rows, **kw): return batch_generate(model, tokenizer, rows, max_tokens=5, return_token_ids=True, return_prompt_caches=True, **kw)
+prompts = [tokenizer.encode(p) for p in ("class A:", "import os\\nimport sys", "x")]
+r = batch(prompts)
+first = [alone(ids) for ids in prompts]
+assert [list(t) for t in r.token_ids] == first
+again = batch([[5], [6, 7], [8]], prompt_caches=r.caches)
+assert [list(t) for t in again.token_ids] == [alone(p + a + m) for p, a, m in zip(prompts, first, ([5], [6, 7], [8]))]
+"""
+
+
+def test_batches_of_a_copy_with_plain_mlx_lm(home):
+    r = subprocess.run([sys.executable, "-c", PLAIN_BATCH, str(home / "model")], capture_output=True, text=True, env=os.environ | dict(HF_HUB_OFFLINE="1", MLX_DISABLE_COMPILE="1"), timeout=120)
+    assert r.returncode == 0, r.stderr
+
+
 def test_mlx_chat(chatty, mlx):
     assert "no chat template" in mlx("chat", "--model", "model", status=2)
     code = "import sys; from xlstm_metal.generation.cli import main; sys.exit(main())"
@@ -320,6 +342,18 @@ def test_refused_before_work(mlx):
     assert "--quantize mixed" in mlx("convert", "--model", "model", "-q", "--quant-predicate", "mixed_4_6", status=2)
     assert "there is no folder ./nowhere" in mlx("perplexity", "--model", "./nowhere", status=2)
     assert "no such command" in mlx("paint", status=2)
+    assert "the last one is 65535" in mlx("server", "--port", 99999, status=2)
+    assert "there is no folder no for" in mlx("cache_prompt", "--prompt", "x", "--prompt-cache-file", "no/such.safetensors", status=2)
+
+
+def test_files_that_are_missing_or_spoilt(mlx, home, tmp_path):
+    import shutil
+    shutil.copytree(home / "model", home / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    (tmp_path / "spoilt.safetensors").write_text("junk")
+    for argv, reason in ((("--model", "mute"), "has no tokenizer"), (("--model", "model", "--prompt-cache-file", tmp_path / "spoilt.safetensors"), "Unable to read"),
+                         (("--model", "model", "--prompt-cache-file", tmp_path / "nowhere.safetensors"), "Failed to open")):
+        said = mlx("generate", "-p", "x", "-m", 2, *argv, status=2)
+        assert reason in said.splitlines()[-1] and "Traceback" not in said
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 import http.client
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -144,6 +145,13 @@ fine, chat = dict(prompt="x", max_tokens=1), "/v1/chat/completions"
     (400, fine | dict(seed=-1), None), (400, fine | dict(seed=2**70), None), (400, fine | dict(temperature="hot"), None), (400, fine | dict(max_tokens=0), None),
     (400, fine | dict(stream=True, stream_options=5), None), (400, fine | dict(adapters="/tmp"), None), (400, fine | dict(draft_model="x/y"), None),
     (404, fine | dict(model="nobody/nothing"), None), (404, fine | dict(model=["x"]), None), (404, fine, "/v1/embeddings"),
+    (400, b'{"prompt": "\\ud800"}', None), (400, b'{"prompt": "x", "stop": "\\ud800"}', None), (400, fine | dict(stop=["x"] * 101), None),
+    (400, fine | dict(temperature=10**400), None), (400, fine | dict(repetition_penalty=10**400), None), (400, b'{"prompt": "x", "presence_penalty": 1e999}', None),
+    (400, fine | dict(repetition_penalty=1.1, repetition_context_size=2**62), None), (400, fine | dict(top_logprobs=True), None), (400, fine | dict(logit_bias={"5": None}), None),
+    (400, fine | dict(logit_bias={"5": 10**400}), None), (400, fine | dict(n=2), None), (400, fine | dict(echo=True), None), (400, fine | dict(suffix="y"), None),
+    (400, dict(messages=[]), chat), (400, dict(messages=[dict(role="user", content="hi")], role_mapping=5), chat),
+    (400, dict(messages=[dict(role="user", content="hi")], chat_template_kwargs=dict(chat_template="")), chat),
+    (200, fine | dict(temperature=None, stop=None, seed=None, n=1, logit_bias=None, stream_options=None), None),
     (400, dict(messages="hi"), chat), (400, dict(messages=["hi"]), chat), (400, dict(messages=[dict(content="hi")]), chat), (400, dict(messages=[dict(role="user", content=5)]), chat),
     (400, dict(messages=[dict(role="user", content=[dict(type="image_url", image_url=dict(url="http://127.0.0.1:1/x.png"))])]), chat),
     (200, fine, None), (200, fine | dict(model="copy"), None), (200, fine | dict(top_k=4095, temperature=1.), None), (200, fine | dict(seed=1), None),
@@ -170,7 +178,48 @@ def test_lengths(server):
 def test_the_client_is_told_what_is_wrong(server):
     with pytest.raises(APIStatusError) as e: server.client.completions.create(model="gpt-9", prompt="x")
     assert e.value.status_code == 404 and "there is no model 'gpt-9' here: this server has copy" in str(e.value)
-    assert [m.id for m in server.client.models.list()] == ["copy"]
+    assert [m.id for m in server.client.models.list()] == ["copy"] == [server.client.models.retrieve("copy").id]
+    with pytest.raises(APIStatusError) as e: server.client.models.retrieve("gpt-9")
+    assert e.value.status_code == 404
+
+
+def test_parts_of_a_message_are_its_text(server):
+    def ask(content): return server.client.chat.completions.create(model="copy", messages=[dict(role="user", content=content)], max_tokens=8, temperature=0)
+    whole, parts = ask("write a class"), ask([dict(type="text", text="write "), dict(type="text", text="a class")])
+    assert parts.usage.prompt_tokens == whole.usage.prompt_tokens and parts.choices[0].message.content == whole.choices[0].message.content
+
+
+def test_ends(folder, tmp_path, server):
+    "Nothing waits for ever: a taken port, a model that is none, and Ctrl-C while somebody is served."
+    def run(*argv): return subprocess.run([sys.executable, "-m", "xlstm_metal", "mlx", "server", *map(str, argv)], capture_output=True, text=True,
+                                          env=os.environ | dict(HF_HUB_OFFLINE="1"), timeout=60)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    for argv, reason in ((("--model", folder, "--port", server.port), "in use"),
+                         (("--model", tmp_path, "--port", 0), "the thread that answers has ended")):
+        r = run(*argv)
+        assert r.returncode == 2 and reason in r.stderr.splitlines()[-1], r.stderr
+    running = Running("--model", folder)
+    for seed in ({}, dict(seed=1)): # in a batch, and alone
+        c = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
+        c.request("POST", "/v1/completions", json.dumps(dict(prompt="class A:", max_tokens=10**6, stream=True) | seed))
+        answer = c.getresponse()
+        assert answer.readline().startswith(b":")
+        if not seed: answer.close()
+    running.process.send_signal(signal.SIGINT)
+    said = running.process.communicate(timeout=20)[1]
+    assert running.process.returncode == 0 and "Traceback" not in said, said
+
+
+def test_more_connections_than_select_takes():
+    import fcntl, resource, types
+    from xlstm_metal.generation.server import Watched
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < 2000: resource.setrlimit(resource.RLIMIT_NOFILE, (2000, hard))
+    here, there = socket.socketpair()
+    watched = Watched(types.SimpleNamespace(_stop=False), socket.socket(fileno=fcntl.fcntl(here.fileno(), fcntl.F_DUPFD, 1500)))
+    watched.look()
+    there.close()
+    with pytest.raises(ConnectionAbortedError): watched.look()
 
 
 def test_a_stack_is_served_too(tmp_path):

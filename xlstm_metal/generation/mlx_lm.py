@@ -80,7 +80,9 @@ def with_own_model(theirs):
 
 def complete(tokenizer, config, begins: bool = True): # False: never a BOS token
     "Give a tokenizer of mlx-lm's the ends that are ends, and let it begin a text as the config asks."
-    from xlstm_metal.model.tokenizer import real_ends
+    from xlstm_metal.model.tokenizer import real_ends, special_ids
+    if set(tokenizer.vocab.values()) <= special_ids(tokenizer): # transformers makes one out of nothing
+        raise ValueError("the checkpoint has no tokenizer")
     tokenizer.eos_token_ids = real_ends(tokenizer, config)
     if not begins: tokenizer.add_bos_token = False
     elif config.force_bos_token_insert and tokenizer.bos_token is not None: tokenizer.add_bos_token = True
@@ -115,7 +117,8 @@ def mlx(argv: list[str]) -> int: # exit status
     "`xlstm-metal mlx`: a command of mlx-lm's, with xLSTM."
     command, argv = (argv or ["--help"])[0], argv[1:]
     try:
-        if command in ("-h", "--help"): print(overview)
+        if command in ("-h", "--help") or command in ("enable", "disable") and {"-h", "--help"} & set(argv): print(overview)
+        elif command in ("enable", "disable") and argv: raise ValueError(f"it takes no arguments, and {argv[0]} is one")
         elif command == "enable": print(enable())
         elif command == "disable": print(disable())
         elif command not in commands: raise ValueError(f"there is no such command; there are {', '.join(commands)}, enable, disable")
@@ -166,6 +169,12 @@ def why_not(command: str, argv: list[str], settings: dict) -> str | None:
         return "mlx-lm's mixed recipes look for other names: use xlstm-metal convert --quantize mixed"
     if command == "server" and option(argv, "--kv-bits"):
         return "--kv-bits would end batching, and there is no cache of keys and values to quantise"
+    port = option(argv, "--port") or ""
+    if command == "server" and port.isdecimal() and int(port) > 65535:
+        return f"there is no port {port}: the last one is 65535" # it would listen at another one
+    kept = option(argv, "--prompt-cache-file")
+    if command == "cache_prompt" and kept and not Path(kept).parent.is_dir():
+        return f"there is no folder {Path(kept).parent} for the prompt's states"
     if command == "awq" and type(ModelArgs.from_dict(settings)).__name__ != "xLSTMConfig":
         return ("AWQ needs a plan of which map's scale moves where, and there is one for models of the 7B form only: "
                 "use gptq or dwq")
@@ -199,7 +208,9 @@ def run_theirs(command: str, argv: list[str]) -> int: # exit status
     except ModuleNotFoundError as e:
         if e.name not in ("datasets", "lm_eval"): raise
         return refuse(command, f"this needs the package {e.name}: pip install 'mlx-lm[train,evaluate]'")
-    except (ValueError, OSError) as e: return refuse(command, (str(e).strip() or repr(e)).splitlines()[0])
+    except (ValueError, OSError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not str(e).startswith(("[load", "[save", "[read")): raise # not about a file
+        return refuse(command, (str(e).strip() or repr(e)).splitlines()[0])
     finally: sys.argv = before
     return 0
 

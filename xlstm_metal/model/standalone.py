@@ -25,7 +25,7 @@ parts = {
     "model.xlstm": "Backbone LanguageModel Model is_gate adopt",
     "model.stack": """xLSTMStackConfig is_stack parse_stack_config read_block_map part whole refuse widened make_block
                       xLSTMBlockStack xLSTMLMModel sanitize_stack is_turned""",
-    "model.cache": "ArraysCache",
+    "model.cache": "align with_arrays compact ArraysCache",
 }
 
 # %% ../../nbs/model/39_standalone.ipynb #69294ee3
