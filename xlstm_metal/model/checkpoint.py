@@ -26,7 +26,7 @@ from .wired import is_wired, parse_wired_config, WiredConfig, WiredModel
 from .xlstm import Model
 from ..wiring.auto import seen_in
 from ..wiring.wiring import wiring_from_config, WiringError
-from .tokenizer import load_tokenizer
+from .tokenizer import load_tokenizer, TokenizerError
 
 # %% ../../nbs/model/34_checkpoint.ipynb #8ce8ca84
 class CheckpointError(ValueError):
@@ -244,8 +244,10 @@ def load(
     check_structure(tensors, config, source)
     model = build(config, tensors, strict)
     chosen = choose(model, quantize) if quantize else {}
+    try: tokenizer = load_tokenizer(folder, config)
+    except TokenizerError as e: raise CheckpointError(str(e)) from e
     for f in weight_files(folder): load_file(model, f, dtype, chosen)
-    return model.eval(), load_tokenizer(folder, config)
+    return model.eval(), tokenizer
 
 # %% ../../nbs/model/34_checkpoint.ipynb #5aea6ab8
 def as_dtype(dtype) -> mx.Dtype:
