@@ -64,6 +64,9 @@ class Run:
         if text.endswith("\ufffd") and len(some) < 4: return # no whole character yet
         self.words.append(Word(text, sum(t.bits for t in some), token.written, len(self.tokens), token.id in self.special))
 
+    @property
+    def piece(self) -> int: return min(self.state.model.piece, 256) # tokens read in one go: so long nobody can stop it
+
     def mark(self, inside: bool = False):
         if self.marks[-1].tokens == len(self.tokens): return
         self.marks.append(Mark(len(self.tokens), self.state.fork(), inside))
@@ -76,8 +79,8 @@ few = 4 # marks inside of readings: they thin out as a text gets longer
 def read_run(run: Run, ids: list[int]): # yields the number of tokens that are left
     "Go on by ids that are given, in pieces."
     run.mark()
-    for t in range(0, len(ids), run.state.model.piece):
-        some = ids[t:t + run.state.model.piece]
+    for t in range(0, len(ids), run.piece):
+        some = ids[t:t + run.piece]
         bits = -np.concatenate(read_scored(run.state, some)) / np.log(2)
         for i, b in zip(some, bits.tolist()): run.add(Token(i, b, False))
         run.mark(inside=t + len(some) < len(ids))
@@ -131,7 +134,7 @@ def take_over(run: Run, tokens: list[Token]): # yields the number of tokens that
     "Go on by tokens of another run, as it did."
     whole = len(run.tokens) + len(tokens)
     for written, some in groupby(tokens, key=lambda t: t.written):
-        some, size = list(some), 1 if written else run.state.model.piece
+        some, size = list(some), 1 if written else run.piece
         for t in range(0, len(some), size):
             ids = [x.id for x in some[t:t + size]]
             run.state.feed(mx.array(ids)) if written else run.state.read(ids)
