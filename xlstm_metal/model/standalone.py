@@ -76,8 +76,6 @@ class Wired:
         return x
 
 
-def for_batches(slots): return slots
-
 def head_norm_gate(h, o, w, b=None, eps=1e-6): return head_norm_gate_plain(h, o, w, b, eps)
 
 def mlstm_step_dispatch(*args): return mlstm_step(*args)

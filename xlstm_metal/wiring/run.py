@@ -146,7 +146,7 @@ class Wired:
 
     def make_cache(self) -> list:
         "An empty cache: one `ArraysCache` per neuron."
-        from mlx_lm.models.cache import ArraysCache # a second of imports, so only where it is needed
+        from xlstm_metal.model.cache import ArraysCache # imports mlx-lm, which takes a second
         sizes = [self.blocks[w].state_size + (j in self._plan.late) for j, w in enumerate(self._plan.weights)]
         return [ArraysCache(max(1, n)) for n in sizes] # a slot cannot be empty
 
