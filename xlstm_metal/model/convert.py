@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pickles', 'names', 'beside', 'upstream', 'read_pickle', 'read_anything', 'to_nxai', 'join', 'write_shards',
-           'free_place', 'whole_folder', 'convert', 'write_settings', 'save']
+           'free_place', 'whole_folder', 'check_form', 'convert', 'write_settings', 'save']
 
 # %% ../../nbs/model/35_convert.ipynb #5559af44
 import json, os, pickle, shutil
@@ -18,6 +18,7 @@ from .config import config_dict, xLSTMConfig
 from .quantize import packed_weights
 from .stack import xLSTMStackConfig
 from .standalone import finish, template_text
+from .tokenizer import load_tokenizer
 from .wired import WiredConfig
 from ..wiring.auto import fused as joined
 
@@ -139,6 +140,16 @@ def whole_folder(out: Path): # yields the folder to write into
     finally: shutil.rmtree(new, ignore_errors=True)
 
 # %% ../../nbs/model/35_convert.ipynb #f4b3ac94
+def check_form(to, quantize, chat_template, fused, recurrent) -> str | None: # as for `convert`; the template's text
+    "Refuse wishes that do not go together. Raises `CheckpointError`."
+    for name, value, options in (("to", to, ("hf", "nxai", "mlx")), ("recurrent", recurrent, ("vanilla", "cuda"))):
+        if value not in options: raise CheckpointError(f"{name} must be one of {', '.join(options)}, not {value!r}")
+    if quantize and to != "mlx": raise CheckpointError(f"quantised maps are for MLX alone: to must be mlx, not {to}")
+    if fused and to == "mlx": raise CheckpointError("mlx-lm knows no joined maps: leave out fused")
+    try: return template_text(chat_template) if chat_template else None
+    except ValueError as e: raise CheckpointError(str(e)) from e
+
+# %% ../../nbs/model/35_convert.ipynb #270666e4
 def convert(
     source: str | Path | None, # folder, hub id, or a pickle of PyTorch; None is the bundled model
     out: str | Path, # a folder that does not exist yet, or is empty
@@ -153,18 +164,13 @@ def convert(
 ) -> Path: # the folder
     "Rewrite a checkpoint. Raises `CheckpointError` before anything is written; a folder appears whole or not at all."
     to = to or ("mlx" if quantize else "hf")
-    for name, value, options in (("to", to, ("hf", "nxai", "mlx")), ("recurrent", recurrent, ("vanilla", "cuda"))):
-        if value not in options: raise CheckpointError(f"{name} must be one of {', '.join(options)}, not {value!r}")
-    if quantize and to != "mlx": raise CheckpointError(f"quantised maps are for MLX alone: to must be mlx, not {to}")
-    if fused and to == "mlx": raise CheckpointError("mlx-lm knows no joined maps: leave out fused")
-    try: template = template_text(chat_template) if chat_template else None
-    except ValueError as e: raise CheckpointError(str(e)) from e
-    out = free_place(out)
+    template, out = check_form(to, quantize, chat_template, fused, recurrent), free_place(out)
     folder, file, raw, c, weights, tensors = read_anything(source, config)
     if c.quantization: raise CheckpointError(f"{source} is quantised; convert the original")
     if fused and not isinstance(c, xLSTMConfig): raise CheckpointError("only models of the 7B form have maps to fuse")
     if to == "nxai" and c.wiring: raise CheckpointError("NX-AI's package runs chains of its own blocks; this checkpoint has a wiring")
     check_structure(tensors, c, file.name)
+    tokenizer = load_tokenizer(folder, c) if to == "mlx" else None
     model = build(c, tensors)
     weights = model.sanitize(weights)
     if dtype is not None:
@@ -182,7 +188,7 @@ def convert(
         for f in folder.iterdir():
             if f.name.startswith(beside): shutil.copy(f, new)
         if template: (new / "chat_template.jinja").write_text(template)
-        if to == "mlx": finish(new, c)
+        if to == "mlx": finish(new, c, tokenizer)
     return out
 
 # %% ../../nbs/model/35_convert.ipynb #1ea7528f

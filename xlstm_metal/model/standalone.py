@@ -119,14 +119,14 @@ def standalone() -> str:
 def finish(
     folder: Path, # of a checkpoint that is being written; changed in place
     config, # its settings, parsed
+    tokenizer, # from `load_tokenizer`; None where there is none
 ):
     "Add the model file, and what tokenizer and config must say so that plain mlx-lm does the right thing."
-    from xlstm_metal.model.tokenizer import load_tokenizer
     new = {}
     if config.vocab_size and not config.wiring: # the file knows language models, and chains
         new["model_file"] = "xlstm.py"
         (folder / "xlstm.py").write_text(standalone(), encoding="utf-8")
-    if (tokenizer := load_tokenizer(folder, config)) is not None:
+    if tokenizer is not None:
         ends = sorted(tokenizer.eos_token_ids)
         new["eos_token_id"] = ends[0] if len(ends) == 1 else ends
         if (own := folder / "generation_config.json").exists(): # what it says would win
