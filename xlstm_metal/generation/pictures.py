@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log_norm', 'rms', 'step_by_step', 'mlstm_shows', 'slstm_shows', 'Trace', 'watch', 'record', 'horizon', 'heat',
-           'two_heats', 'check_trace', 'plot_gates', 'plot_memory', 'plot_state_norms', 'write_numbers', 'spelled',
-           'laid_out', 'plot_surprise']
+           'two_heats', 'check_trace', 'plot_gates', 'plot_memory', 'plot_state_norms', 'write_numbers', 'letters',
+           'spelled', 'laid_out', 'plot_surprise']
 
 # %% ../../nbs/generation/45_pictures.ipynb #e424cb32
 import re
@@ -80,6 +80,11 @@ class Trace:
 
     def __len__(self): return sum(f[j][0].shape[-1] for f in self.forwards for j in self.at[:1]) # tokens
 
+    @property
+    def titles(self) -> list[str]: # beside a picture: places, and kinds where there are several
+        several = len({n.kind for n in self.neurons}) > 1
+        return [f"{n.kind} {j}" if several else str(j) for j, n in zip(self.at, self.neurons)]
+
 # %% ../../nbs/generation/45_pictures.ipynb #c792e994
 @contextmanager
 def watch(
@@ -148,8 +153,7 @@ def heat(ax, trace: Trace, values: list[np.ndarray], title: str, row: int, **sca
     for end in ends[:-1]: ax.axhline(end - .5, color="white", lw=1.5)
     every = -(-len(ends) // 12) # of many blocks, some are named
     middles = (ends - [v.shape[1] / 2 for v in values] - .5)[::every]
-    kinds = len({n.kind for n in trace.neurons}) > 1 # named if there are several
-    ax.set_yticks(middles, [f"{n.kind} {j}" if kinds else str(j) for j, n in zip(trace.at, trace.neurons)][::every])
+    ax.set_yticks(middles, trace.titles[::every])
     ax.tick_params(axis="y", length=0)
     ax.set_ylabel("block")
     ax.set_title(title, loc="left", fontsize=10)
@@ -218,13 +222,16 @@ def write_numbers(ax, grid):
         if not np.isnan(v): ax.text(x, y, f"{v:.1f}", ha="center", va="center", fontsize=8, color="black" if v > middle else "white")
 
 # %% ../../nbs/generation/45_pictures.ipynb #8fbe0a94
+def letters(tokenizer, ids: list[int]) -> str | None: # None: the last one is not whole yet
+    text = tokenizer.decode(ids)
+    return None if text.endswith("\ufffd") and len(ids) < 4 else text
+
 def spelled(score: Score, tokenizer): # yields (text, bits)
     "The text of each token; of several that make one character the last has it, and the surprise of all."
     held, bits = [], 0.
     for t, logprob in zip(score.ids.tolist(), score.logprobs.tolist()):
         held, bits = held + [t], bits - logprob / np.log(2)
-        text = tokenizer.decode(held)
-        if text.endswith("\ufffd") and len(held) < 4: continue # no whole character yet
+        if (text := letters(tokenizer, held)) is None: continue
         yield text, bits
         held, bits = [], 0.
     if held: yield tokenizer.decode(held), bits

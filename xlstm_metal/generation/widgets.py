@@ -20,7 +20,7 @@ from ..model.checkpoint import human
 from ..model.tokenizer import encode, special_ids
 from ..model.xlstm import LanguageModel
 from .generate import GenerationError, Sampling, stream
-from .pictures import Trace, horizon, watch
+from .pictures import Trace, horizon, letters, watch
 from .score import read_scored
 from .state import State
 
@@ -60,8 +60,7 @@ class Run:
         "Write down one token that the state has read."
         self.tokens.append(token)
         some = self.tokens[self.words[-1].end if self.words else 0:]
-        text = self.tokenizer.decode([t.id for t in some])
-        if text.endswith("\ufffd") and len(some) < 4: return # no whole character yet
+        if (text := letters(self.tokenizer, [t.id for t in some])) is None: return
         self.words.append(Word(text, sum(t.bits for t in some), token.written, len(self.tokens), token.id in self.special))
 
     @property
@@ -207,8 +206,7 @@ def memories_html(trace: Trace) -> str:
     "How far back the memories of all heads reach, how strongly they write, how large they are, how much is read."
     if not trace.at: return "<i>This model has no mLSTM and no sLSTM.</i>"
     if not trace.forwards: return "<i>Nothing was watched.</i>"
-    kinds = len({n.kind for n in trace.neurons}) > 1 # named if there are several
-    names = [f"{n.kind} {j}" if kinds else str(j) for j, n in zip(trace.at, trace.neurons)]
+    names = trace.titles
     log_forget, gate, memory, strength = ([v[0] for v in trace[name]] for name in ("log_forget", "input", "memory", "read"))
     def log(values): return [np.log(np.maximum(v, 1e-30)) for v in values]
     def unlog(v): return f"{np.exp(v):,.0f}" if v > np.log(100) else f"{np.exp(v):.2g}"
