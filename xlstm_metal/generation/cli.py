@@ -112,6 +112,7 @@ def main(argv: list[str] | None = None) -> int: # exit status
         print(f"xlstm-metal: the output cannot be written: {e.strerror}", file=sys.stderr)
         return 2
 
+# %% ../../nbs/generation/43_cli.ipynb #38b5ec6f
 def run(args) -> int:
     if args.command == "mlx":
         from xlstm_metal.generation.mlx_lm import mlx
@@ -137,7 +138,7 @@ def rewrite(args) -> int:
     if args.quantize and args.measure > 0: print(report(args.source, out, args.measure), file=sys.stderr)
     return 0
 
-# %% ../../nbs/generation/43_cli.ipynb #38b5ec6f
+# %% ../../nbs/generation/43_cli.ipynb #69f4e0df
 def write(args) -> int:
     "`generate` and `chat`: wishes are checked before a model is loaded."
     from xlstm_metal.generation.generate import GenerationError, Sampling
@@ -172,6 +173,7 @@ def write(args) -> int:
 def piped() -> str: # line ends stay what they are, as in a file
     return sys.stdin.buffer.read().decode()
 
+# %% ../../nbs/generation/43_cli.ipynb #ab85bc42
 def use_device(name: str | None):
     "Compute on 'cpu' or 'gpu', or where MLX would by itself."
     import mlx.core as mx

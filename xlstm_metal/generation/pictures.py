@@ -126,6 +126,7 @@ def watch(
     finally:
         for m, kind in kinds: m.__class__ = kind
 
+# %% ../../nbs/generation/45_pictures.ipynb #d61e3c92
 def record(model, tokenizer, source, state: State | None = None) -> Trace:
     "What the cells do while a model reads a text, a file or ids; arguments as for `score`."
     if state: state.check_model(model)

@@ -6,7 +6,8 @@
 __all__ = ['few', 'most', 'style', 'signs', 'Token', 'Word', 'Mark', 'Run', 'read_run', 'write_run', 'own_chance', 'set_key',
            'remember', 'fork_run', 'take_over', 'last_words', 'text_html', 'surprise_html', 'stripes', 'ends', 'panel',
            'memories_html', 'visible', 'status_html', 'place_html', 'label', 'as_typed', 'as_meant', 'controls',
-           'wishes_of', 'button', 'box', 'Parts', 'Shown', 'Worker', 'sentence', 'Doings', 'Playground']
+           'wishes_of', 'button', 'box', 'Lower', 'Parts', 'Shown', 'Worker', 'sentence', 'History', 'Doings',
+           'Playground']
 
 # %% ../../nbs/generation/46_widgets.ipynb #d41b868c
 import asyncio, base64, io, re, secrets, time
@@ -315,29 +316,9 @@ def box(*children, classes: str = "xm-row", **layout):
     import ipywidgets as w
     return w.Box(children, layout=dict(width="100%", margin="0") | layout).add_class(classes)
 
-class Parts:
-    "The widgets of the app, from top to bottom."
-    def build(self, prompt: str, sampling: Sampling):
-        import ipywidgets as w
-        parts = [*self.build_writing(prompt, sampling), *self.build_pages(), *self.build_history()]
-        self.view = w.VBox([w.HTML(style, layout=dict(display="none")), *parts], layout=dict(width="100%")).add_class("xm-app")
-
-    def build_writing(self, prompt, sampling):
-        import ipywidgets as w
-        self.prompt = w.Textarea(prompt, placeholder="a text to begin with", rows=4, layout=dict(width="100%", margin="0"))
-        self.generate = button("Generate", "play", "begin a text with the prompt", lambda: self.start(self.generating()), button_style="primary")
-        self.stop = button("Stop", "stop", "stop after the next token", self.halt)
-        self.go_on = button("Continue", "step-forward", "write on at the end of the text", lambda: self.start(self.continuing()))
-        self.more = w.Text(placeholder="to be read before it continues; may be empty", layout=dict(width="auto", margin="0")).add_class("xm-grow")
-        self.unfold = w.ToggleButton(False, description="More", icon="sliders", layout=dict(width="auto", margin="0"))
-        self.controls = controls(sampling)
-        self.watched = w.Checkbox(True, description="watch the memories", indent=False, layout=dict(width="auto", margin="0 0 0 4em"))
-        first, rest = list(self.controls.values())[:4], [*list(self.controls.values())[4:], self.watched]
-        grid = dict(classes="xm-grid", grid_template_columns="repeat(auto-fill, minmax(17em, 1fr))", grid_gap="4px 6px")
-        first, rest = box(*first, display="grid", **grid), box(*rest, display="none", **grid)
-        self.unfold.observe(lambda _: setattr(rest.layout, "display", "grid" if self.unfold.value else "none"), "value")
-        return self.prompt, box(self.generate, self.stop, self.go_on, self.more, self.unfold), first, rest
-
+# %% ../../nbs/generation/46_widgets.ipynb #06631430
+class Lower:
+    "The widgets below: pages, places, runs and files."
     def build_pages(self):
         import ipywidgets as w
         self.bar = w.IntProgress(0, min=0, max=1, layout=dict(width="100%", height="5px", margin="4px 0 0"))
@@ -362,6 +343,30 @@ class Parts:
         self.save = button("Save state", "save", "write the state behind the text to this file", lambda: self.start(self.saving()))
         self.load = button("Load", "folder-open", "go on from the state in this file", lambda: self.start(self.loading()))
         return box(self.place, self.fork), self.note, box(self.history, box(self.forget, self.file, self.save, self.load, width="auto"))
+
+# %% ../../nbs/generation/46_widgets.ipynb #979f92d8
+class Parts(Lower):
+    "The widgets of the app, from top to bottom."
+    def build(self, prompt: str, sampling: Sampling):
+        import ipywidgets as w
+        parts = [*self.build_writing(prompt, sampling), *self.build_pages(), *self.build_history()]
+        self.view = w.VBox([w.HTML(style, layout=dict(display="none")), *parts], layout=dict(width="100%")).add_class("xm-app")
+
+    def build_writing(self, prompt, sampling):
+        import ipywidgets as w
+        self.prompt = w.Textarea(prompt, placeholder="a text to begin with", rows=4, layout=dict(width="100%", margin="0"))
+        self.generate = button("Generate", "play", "begin a text with the prompt", lambda: self.start(self.generating()), button_style="primary")
+        self.stop = button("Stop", "stop", "stop after the next token", self.halt)
+        self.go_on = button("Continue", "step-forward", "write on at the end of the text", lambda: self.start(self.continuing()))
+        self.more = w.Text(placeholder="to be read before it continues; may be empty", layout=dict(width="auto", margin="0")).add_class("xm-grow")
+        self.unfold = w.ToggleButton(False, description="More", icon="sliders", layout=dict(width="auto", margin="0"))
+        self.controls = controls(sampling)
+        self.watched = w.Checkbox(True, description="watch the memories", indent=False, layout=dict(width="auto", margin="0 0 0 4em"))
+        first, rest = list(self.controls.values())[:4], [*list(self.controls.values())[4:], self.watched]
+        grid = dict(classes="xm-grid", grid_template_columns="repeat(auto-fill, minmax(17em, 1fr))", grid_gap="4px 6px")
+        first, rest = box(*first, display="grid", **grid), box(*rest, display="none", **grid)
+        self.unfold.observe(lambda _: setattr(rest.layout, "display", "grid" if self.unfold.value else "none"), "value")
+        return self.prompt, box(self.generate, self.stop, self.go_on, self.more, self.unfold), first, rest
 
 # %% ../../nbs/generation/46_widgets.ipynb #6844298b
 class Shown(Parts):
@@ -443,8 +448,8 @@ def sentence(e: Exception) -> str:
     return first if isinstance(e, ValueError) and first else f"{type(e).__name__}: {first}"
 
 # %% ../../nbs/generation/46_widgets.ipynb #67ae062d
-class Doings(Worker):
-    "What the buttons do, step by step."
+class History(Worker):
+    "The runs, and which of them is shown."
     def keep(self, run: Run) -> Run:
         "Put a run into the history and show it."
         self.count, self.run = self.count + 1, run
@@ -457,6 +462,22 @@ class Doings(Worker):
         self.runs = [r for r in self.runs if r.state.tokens]
         if self.run not in self.runs: self.run = self.runs[0] if self.runs else None
 
+    def pick(self):
+        "Show the run that was chosen in the history."
+        if self.quiet or self.busy or self.history.index is None: return
+        self.run = self.runs[self.history.index]
+        self.show()
+
+    def drop(self):
+        "Forget the run that is shown."
+        if self.busy or not self.run: return
+        self.runs.remove(self.run)
+        self.run = self.runs[0] if self.runs else None
+        self.show()
+
+# %% ../../nbs/generation/46_widgets.ipynb #3c807cfd
+class Doings(History):
+    "What the buttons do, step by step."
     def generating(self):
         wishes = wishes_of(self.controls)
         if not self.prompt.value: raise GenerationError("the prompt is empty")
@@ -500,7 +521,7 @@ class Doings(Worker):
         run = self.keep(Run(State.load(self.file.value, self.model), self.tokenizer, f"{self.file.value} "))
         return f"{run.state.tokens:,} tokens were read before"
 
-# %% ../../nbs/generation/46_widgets.ipynb #6d76de3d
+# %% ../../nbs/generation/46_widgets.ipynb #b67d6cea
 class Playground(Doings):
     "An app for JupyterLab and voila: write, stop, look inside, go back."
     def __init__(self,
@@ -518,19 +539,6 @@ class Playground(Doings):
         except RuntimeError: self.loop = None
         self.build(prompt, Sampling(**wishes))
         if state: self.keep(Run(state.fork(), tokenizer, "a given state "))
-        self.show()
-
-    def pick(self):
-        "Show the run that was chosen in the history."
-        if self.quiet or self.busy or self.history.index is None: return
-        self.run = self.runs[self.history.index]
-        self.show()
-
-    def drop(self):
-        "Forget the run that is shown."
-        if self.busy or not self.run: return
-        self.runs.remove(self.run)
-        self.run = self.runs[0] if self.runs else None
         self.show()
 
     def close(self):

@@ -436,11 +436,16 @@ def draw_node(ax, sketch, node: str, paint: str, words: list[str]):
         draw_text(ax, x, y + dy, text, size, "white" if neuron else "0.2")
 
 def draw_mark(ax, sketch, node: str, corner: int, text: str):
-    (x, y), w = sketch.nodes[node], 6 + 5.5 * len(text)
-    x, y = x + corner * (sketch.wide / 2 - w / 2 + 3), y - sketch.tall[node] / 2
-    draw_box(ax, x, y, w, 12, 4, "white", "0.3", 3, "mark")
+    x, y = mark_place(sketch, node, corner, text)
+    draw_box(ax, x, y, mark_width(text), 12, 4, "white", "0.3", 3, "mark")
     draw_text(ax, x, y, text, 8.5, "0.1")
 
+def mark_width(text: str) -> float: return 6 + 5.5 * len(text)
+def mark_place(sketch, node: str, corner: int, text: str) -> tuple[float, float]: # its middle, on an upper corner
+    (x, y), aside = sketch.nodes[node], (sketch.wide - mark_width(text)) / 2 + 3
+    return x + corner * aside, y - sketch.tall[node] / 2
+
+# %% ../../nbs/wiring/23_pictures.ipynb #b69c3b63
 def draw_box(ax, x, y, w, h, radius, fill: str, edge: str, zorder: int, gid: str):
     from matplotlib.patches import FancyBboxPatch
     ax.add_patch(FancyBboxPatch((x - w / 2, y - h / 2), w, h, boxstyle=f"round,pad=0,rounding_size={radius}",
@@ -594,7 +599,7 @@ def svg(wiring: Executable) -> str:
     parts = [svg_line("synapse" if line.sign else "way-out", line, points, synapse_paints[line.sign], told(line))
              for line, points in sketch.curves.items()]
     parts += [svg_node(sketch, node, boxes[node][0], labels(wiring, node), tooltip(wiring, node)) for node in sketch.nodes]
-    parts += [svg_mark(sketch, *mark) for mark in marks(wiring)]
+    parts += [svg_label(*mark_place(sketch, *mark), mark[-1]) for mark in marks(wiring)]
     parts += [svg_text(x, y0 + 16, heading, 11, "currentColor", .7) for heading, x in sketch.headings]
     x1 = max(x1, x0 + 560) # room for the legend
     explained, y1 = svg_legend(legend(wiring, boxes, synapse_paints), x0 + 8, y1 + 14, x1)
@@ -628,14 +633,11 @@ def svg_node(sketch, node: str, paint: str, words: list[str], title: str) -> str
     else: text = svg_text(x, y + 4, words[0], 11, "currentColor")
     return f'<g class="node"><title>{escape(title)}</title>{box}{text}</g>'
 
-def svg_mark(sketch, node: str, corner: int, text: str) -> str:
-    (x, y), w = sketch.nodes[node], 6 + 5.5 * len(text)
-    return svg_label(x + corner * (wide / 2 - w / 2 + 3), y - sketch.tall[node] / 2, text)
-
 def svg_label(x, y, text: str) -> str:
-    box = svg_box(x, y, 6 + 5.5 * len(text), 12, 4, 'fill="#fff" stroke="#555" stroke-width=".8"')
+    box = svg_box(x, y, mark_width(text), 12, 4, 'fill="#fff" stroke="#555" stroke-width=".8"')
     return f'<g class="mark">{box}{svg_text(x, y + 3, text, 8.5, "#222")}</g>'
 
+# %% ../../nbs/wiring/23_pictures.ipynb #729106b6
 def svg_legend(entries: list[Entry], left: float, y: float, right: float) -> tuple[list[str], float]: # and its lower edge
     x, parts = left, []
     for e in entries:
