@@ -23,16 +23,16 @@ from mlx.utils import tree_flatten, tree_map  # noqa: E402
 
 import xlstm_metal as xm  # noqa: E402
 from xlstm_metal import metal  # noqa: E402
-from xlstm_metal.blocks.chunkwise import mlstm_chunkwise  # noqa: E402
-from xlstm_metal.blocks.conv import conv_fused, conv_plain  # noqa: E402
-from xlstm_metal.blocks.norms import head_norm_gate, head_norm_gate_plain  # noqa: E402
-from xlstm_metal.blocks.recurrent import mlstm_step  # noqa: E402
-from xlstm_metal.blocks.sequence_gradients import mlstm_chunkwise_dispatch  # noqa: E402
-from xlstm_metal.blocks.slstm import slstm_loop, slstm_sequence  # noqa: E402
-from xlstm_metal.blocks.step_kernel import mlstm_step_dispatch  # noqa: E402
+from xlstm_metal.cells.mlstm_chunks import mlstm_chunkwise  # noqa: E402
+from xlstm_metal.cells.conv import conv_fused, conv_plain  # noqa: E402
+from xlstm_metal.cells.norms import head_norm_gate, head_norm_gate_plain  # noqa: E402
+from xlstm_metal.cells.mlstm import mlstm_step  # noqa: E402
+from xlstm_metal.cells.mlstm_chunk_gradients import mlstm_chunkwise_dispatch  # noqa: E402
+from xlstm_metal.cells.slstm import slstm_loop, slstm_sequence  # noqa: E402
+from xlstm_metal.cells.mlstm_step_kernel import mlstm_step_dispatch  # noqa: E402
 from xlstm_metal.model.config import xLSTMConfig  # noqa: E402
 from xlstm_metal.model.quantize import make_room, recipe  # noqa: E402
-from xlstm_metal.model.xlstm import Model  # noqa: E402
+from xlstm_metal.model.model import Model  # noqa: E402
 from xlstm_metal.wiring.auto import make_block  # noqa: E402
 from xlstm_metal.wiring.wiring import Neuron  # noqa: E402
 from xlstm_metal.train.train import fit, init_weights, make_optimizer  # noqa: E402

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from mlstm_kernels.torch.chunkwise.triton_limit_chunk import mlstm_chunkwise__limit_chunk
 from mlstm_kernels.torch.recurrent.triton_step import mlstm_recurrent_step__triton
-from xlstm_metal.blocks.chunkwise import mlstm_chunkwise
-from xlstm_metal.blocks.sequence_gradients import mlstm_chunkwise_dispatch
-from xlstm_metal.blocks.recurrent import mlstm_step
-from xlstm_metal.blocks.step_kernel import mlstm_step_dispatch
+from xlstm_metal.cells.mlstm_chunks import mlstm_chunkwise
+from xlstm_metal.cells.mlstm_chunk_gradients import mlstm_chunkwise_dispatch
+from xlstm_metal.cells.mlstm import mlstm_step
+from xlstm_metal.cells.mlstm_step_kernel import mlstm_step_dispatch
 
 
 def seconds(work, wait, calls=10, budget=1.0):

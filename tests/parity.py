@@ -36,8 +36,8 @@ from fixtures.make import hf_gradients, hf_greedy, hf_model, hf_run, randomise, 
 from fixtures.make import stack_gradients, stack_greedy, stack_model, stack_steps  # noqa: E402
 
 import xlstm_metal as xm  # noqa: E402
-from xlstm_metal.blocks.chunkwise import mlstm_chunkwise  # noqa: E402
-from xlstm_metal.blocks.recurrent import mlstm_parallel, mlstm_recurrent, mlstm_step  # noqa: E402
+from xlstm_metal.cells.mlstm_chunks import mlstm_chunkwise  # noqa: E402
+from xlstm_metal.cells.mlstm import mlstm_parallel, mlstm_recurrent, mlstm_step  # noqa: E402
 from xlstm_metal.generation.score import score  # noqa: E402
 from xlstm_metal.model.checkpoint import bundled  # noqa: E402
 from xlstm_metal.train.train import lm_loss  # noqa: E402

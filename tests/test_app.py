@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TUTORIAL = ROOT / "nbs" / "tutorials" / "62_playground.ipynb"
+TUTORIAL = ROOT / "nbs" / "tutorials" / "82_playground.ipynb"
 PICTURE = TUTORIAL.with_name("playground.png")
 PROMPT = "def area(width, height):\n"
 CELLS = [f"""\

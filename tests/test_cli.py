@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from xlstm_metal.generation.cli import main
+from xlstm_metal.apps.cli import main
 from xlstm_metal.generation.runner import xLSTMRunner
 from xlstm_metal.generation.score import score
 from xlstm_metal.generation.state import State

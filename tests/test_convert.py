@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from xlstm_metal.generation.cli import main
+from xlstm_metal.apps.cli import main
 from xlstm_metal.model.checkpoint import CheckpointError, load
 from xlstm_metal.model.convert import convert
 

@@ -15,14 +15,14 @@ from mlx_lm.models.cache import ArraysCache
 
 import xlstm_metal as xm
 from xlstm_metal import metal
-from xlstm_metal.blocks import conv, norms, sequence_gradients, sequence_kernels, slstm, step_kernel
-from xlstm_metal.blocks.chunkwise import mlstm_chunkwise
+from xlstm_metal.cells import conv, norms, mlstm_chunk_gradients as sequence_gradients, mlstm_chunk_kernels as sequence_kernels, slstm, mlstm_step_kernel as step_kernel
+from xlstm_metal.cells.mlstm_chunks import mlstm_chunkwise
 from xlstm_metal.generation.generate import Sampling, tokens
 from xlstm_metal.generation.state import State
 from xlstm_metal.host import run
 from xlstm_metal.metal import source
 from xlstm_metal.model.config import xLSTMConfig
-from xlstm_metal.model.xlstm import Model
+from xlstm_metal.model.model import Model
 from xlstm_metal.train.train import fit, init_weights, lm_loss, make_optimizer
 
 KERNELS = Path(__file__).parents[1] / "kernels"

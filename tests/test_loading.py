@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from xlstm_metal.model.checkpoint import load
 from xlstm_metal.model.config import xLSTMConfig
-from xlstm_metal.model.xlstm import Model
+from xlstm_metal.model.model import Model
 from xlstm_metal.train.train import init_weights
 
 

@@ -15,14 +15,14 @@ import pytest
 from mlx.utils import tree_flatten
 
 import xlstm_metal as xm
-from xlstm_metal.generation.cli import main
+from xlstm_metal.apps.cli import main
 from xlstm_metal.model.checkpoint import bundled as BUNDLED
 from xlstm_metal.model.config import xLSTMConfig
 from xlstm_metal.model.convert import convert, save
 from xlstm_metal.model.stack import parse_stack_config, xLSTMLMModel
 from xlstm_metal.model.tokenizer import encode
 from xlstm_metal.model.wired import WiredModel
-from xlstm_metal.model.xlstm import Model
+from xlstm_metal.model.model import Model
 from xlstm_metal.wiring.wiring import AutoNCPxLSTMWiring, Neuron, xLSTMWiring
 
 PROMPTS = ["class A:\n", "import os\nimport sys\n\ndef main(argv):\n    for name in", "x", "def read(path, mode='r'):\n    with open("]
@@ -326,7 +326,7 @@ def test_batches_of_a_copy_with_plain_mlx_lm(home):
 
 def test_mlx_chat(chatty, mlx):
     assert "no chat template" in mlx("chat", "--model", "model", status=2)
-    code = "import sys; from xlstm_metal.generation.cli import main; sys.exit(main())"
+    code = "import sys; from xlstm_metal.apps.cli import main; sys.exit(main())"
     r = subprocess.run([sys.executable, "-c", code, "mlx", "chat", "--model", chatty, "-m", "8"], input="write a class\nq\n", capture_output=True, text=True,
                        env=os.environ | dict(HF_HUB_OFFLINE="1"), timeout=120)
     assert r.returncode == 0, r.stderr

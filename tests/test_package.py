@@ -49,7 +49,7 @@ def test_wheel_holds_everything(wheel):
     assert tracked and set(tracked) <= names
     kernels = [f.name for f in (ROOT / "kernels").iterdir() if f.suffix in (".metal", ".h")]
     assert kernels and {f"xlstm_metal/kernels/{f}" for f in kernels} <= names
-    assert {"xlstm_metal/bundled/model.safetensors", "xlstm_metal/bundled/tokenizer.json", "xlstm_metal/generation/cli.py"} <= names
+    assert {"xlstm_metal/bundled/model.safetensors", "xlstm_metal/bundled/tokenizer.json", "xlstm_metal/apps/cli.py"} <= names
     assert not [n for n in names if n.endswith(".ipynb") or n.startswith(("tests", "nbs"))]
 
 
@@ -77,7 +77,7 @@ def test_readme_commands_exist():
     text = (ROOT / "README.md").read_text()
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"make ([a-z]+)", text)) <= targets
-    from xlstm_metal.generation.cli import parser
+    from xlstm_metal.apps.cli import parser
     commands = re.findall(r"^xlstm-metal (.+)$", text, re.M)
     assert len(commands) >= 3
     for line in commands:

@@ -8,11 +8,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from xlstm_metal.blocks.slstm import sLSTMCell
-from xlstm_metal.generation.pictures import horizon, plot_gates, plot_memory, plot_state_norms, plot_surprise
-from xlstm_metal.generation.pictures import record, slstm_shows, Trace, watch
+from xlstm_metal.generation.memory_plots import horizon, plot_gates, plot_memory, plot_state_norms, plot_surprise
+from xlstm_metal.generation.memory_plots import record, slstm_shows, Trace, watch
 from xlstm_metal.generation.score import score
 from xlstm_metal.generation.state import State, batch
-from xlstm_metal.generation.widgets import memories_html
+from xlstm_metal.apps.playground import memories_html
 from xlstm_metal.model.checkpoint import load
 from xlstm_metal.numerics import soft_cap
 from xlstm_metal.model.wired import WiredModel

@@ -13,9 +13,9 @@ import pytest
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 
-from xlstm_metal.blocks.sequence_gradients import mlstm_chunkwise_dispatch
-from xlstm_metal.blocks.chunkwise import mlstm_chunkwise
-from xlstm_metal.blocks.recurrent import mlstm_parallel, mlstm_recurrent
+from xlstm_metal.cells.mlstm_chunk_gradients import mlstm_chunkwise_dispatch
+from xlstm_metal.cells.mlstm_chunks import mlstm_chunkwise
+from xlstm_metal.cells.mlstm import mlstm_parallel, mlstm_recurrent
 from xlstm_metal.generation.generate import Sampling, tokens
 from xlstm_metal.generation.state import State
 from xlstm_metal.model.checkpoint import load, read_json

@@ -212,7 +212,7 @@ def test_ends(folder, tmp_path, server):
 
 def test_more_connections_than_select_takes():
     import fcntl, resource, types
-    from xlstm_metal.generation.server import Watched
+    from xlstm_metal.apps.server import Watched
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= soft < 2000: resource.setrlimit(resource.RLIMIT_NOFILE, (2000, hard))
     here, there = socket.socketpair()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from xlstm_metal.generation.files import StateError, read_arrays, write_arrays
+from xlstm_metal.generation.state_files import StateError, read_arrays, write_arrays
 from xlstm_metal.generation.runner import xLSTMRunner
 from xlstm_metal.generation.score import score
 from xlstm_metal.generation.state import Source, State, batch, load_state, unbatch

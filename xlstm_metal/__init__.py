@@ -8,13 +8,13 @@ from importlib import import_module as _import_module
 
 _home = {
     "load": "model.checkpoint", "info": "model.checkpoint",
-    "Model": "model.xlstm", "xLSTMConfig": "model.config",
+    "Model": "model.model", "xLSTMConfig": "model.config",
     "generate": "generation.generate", "stream": "generation.generate",
-    "xLSTMRunner": "generation.runner", "Playground": "generation.widgets",
+    "xLSTMRunner": "generation.runner", "Playground": "apps.playground",
     "State": "generation.state", "score": "generation.score",
-    "record": "generation.pictures", "plot_gates": "generation.pictures", "plot_memory": "generation.pictures",
-    "plot_surprise": "generation.pictures", "plot_state_norms": "generation.pictures",
-    "convert": "model.convert", "save": "model.convert", "xLSTM": "model.layer", "WiredModel": "model.wired",
+    "record": "generation.memory_plots", "plot_gates": "generation.memory_plots", "plot_memory": "generation.memory_plots",
+    "plot_surprise": "generation.memory_plots", "plot_state_norms": "generation.memory_plots",
+    "convert": "model.convert", "save": "model.convert", "xLSTM": "model.lstm_layer", "WiredModel": "model.wired",
 }
 __all__ = ["__version__", *_home]
 
@@ -29,6 +29,6 @@ def __getattr__(name):
 def __dir__(): return sorted({*globals(), *__all__})
 
 
-from .generation.mlx_lm import register as _register  # imports nothing of mlx-lm's
+from .apps.mlx_tools import register as _register  # imports nothing of mlx-lm's
 
 _register()
