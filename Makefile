@@ -45,7 +45,8 @@ lab: .venv/dev          ## the notebooks, in JupyterLab
 export: .venv/dev       ## package, kernels and README from the notebooks
 	find xlstm_metal -name '*.py' ! -name __init__.py ! -name __main__.py -delete
 	$(BIN)/nbdev_export
-	$(BIN)/python -c 'from xlstm_metal.metal import export_kernels; export_kernels()'
+	$(BIN)/python docs/document.py
+	$(BIN)/python -c 'from xlstm_metal.kernel_text import export_kernels; export_kernels()'
 	$(BIN)/nbdev_clean
 	$(BIN)/python docs/readme.py
 

@@ -107,7 +107,8 @@ class ShowDoc(Processor):
 class Fences(Processor):
     "`%%bash`, `%%metal` and `%%header` cells as code blocks of their language"
     def body(self, cell): return '\n'.join(l for l in cell.source.splitlines() if not l.startswith(('#|', '%%')))
-    def _metal_(self, cell, name, *_): to_md(cell, fence(self.body(cell), 'cpp', f':caption: kernels/{name}.metal'))
+    def _metal_(self, cell, name, *_):
+        to_md(cell, fence(self.body(cell), 'cpp', *([] if name == '--example' else [f':caption: kernels/{name}.metal'])))
     def _header_(self, cell, name, *_): to_md(cell, fence(self.body(cell), 'cpp', f':caption: kernels/{name}.h'))
     def _bash_(self, cell, *_):
         out = ''.join(l for o in cell.outputs if o.get('name') == 'stdout' for l in o.text)

@@ -50,8 +50,8 @@ struct simdgroup_float8x8 {
 inline uint lane_row() { return thread_index_in_simdgroup / 4; }
 inline uint lane_column() { return thread_index_in_simdgroup % 4 * 2; }
 template <class T, int R, int C> simdgroup_float8x8 make_filled_simdgroup_matrix(T x) { return {{x, x}}; }
-inline void simdgroup_load(simdgroup_float8x8& m, const float* p, ulong width, int = 0, bool turned = false) {
-    ulong down = turned ? 1 : width, right = turned ? width : 1;
+inline void simdgroup_load(simdgroup_float8x8& m, const float* p, ulong width, int = 0, bool transposed = false) {
+    ulong down = transposed ? 1 : width, right = transposed ? width : 1;
     p += lane_row() * down + lane_column() * right;
     m.e[0] = p[0];
     m.e[1] = p[right];

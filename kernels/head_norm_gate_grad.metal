@@ -3,22 +3,12 @@ uint row = thread_position_in_grid.x / 32;
 uint NH = h_shape[1], S = h_shape[2], DV = h_shape[3];
 uint s = row % S, head = row / S % NH, batch = row / S / NH;
 uint from = row * DV, to = ((batch * S + s) * NH + head) * DV;
-
-float sum = 0.0f;
-for (uint d = lane; d < DV; d += 32) sum += static_cast<float>(h[from + d]);
-float width = static_cast<float>(DV), mean = simd_sum(sum) / width;
-float squares = 0.0f;
-for (uint d = lane; d < DV; d += 32) {
-    float x = static_cast<float>(h[from + d]) - mean;
-    squares += x * x;
-}
-float scale = metal::rsqrt(simd_sum(squares) / width + eps[0]);
-
+float mean = row_mean(h + from, DV, lane), scale = row_scale(h + from, DV, lane, mean, eps[0]);
 float sum_dz = 0.0f, sum_dzz = 0.0f;
 for (uint d = lane; d < DV; d += 32) {
     float z = (static_cast<float>(h[from + d]) - mean) * scale;
     float weight = static_cast<float>(w[head * DV + d]);
-    float gate = 1.0f / (1.0f + metal::exp(-static_cast<float>(o[to + d])));
+    float gate = sigmoid(static_cast<float>(o[to + d]));
     float delta = static_cast<float>(dy[to + d]);
     float x = z * weight;
     if (BIAS) x += static_cast<float>(b[head * DV + d]);
@@ -28,10 +18,10 @@ for (uint d = lane; d < DV; d += 32) {
     sum_dz += delta * gate * weight;
     sum_dzz += delta * gate * weight * z;
 }
-float mean_dz = simd_sum(sum_dz) / width, mean_dzz = simd_sum(sum_dzz) / width;
+float width = static_cast<float>(DV), mean_dz = simd_sum(sum_dz) / width, mean_dzz = simd_sum(sum_dzz) / width;
 for (uint d = lane; d < DV; d += 32) {
     float z = (static_cast<float>(h[from + d]) - mean) * scale;
-    float gate = 1.0f / (1.0f + metal::exp(-static_cast<float>(o[to + d])));
+    float gate = sigmoid(static_cast<float>(o[to + d]));
     float dz = static_cast<float>(dy[to + d]) * gate * static_cast<float>(w[head * DV + d]);
     dh[from + d] = scale * (dz - mean_dz - z * mean_dzz);
 }

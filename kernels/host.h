@@ -448,7 +448,7 @@ inline int report(char* error, int room) {
 }
 }
 
-// ---- Metal's words
+// ---- Metal's vocabulary
 #define device
 #define constant
 #define thread
@@ -549,9 +549,11 @@ struct simdgroup_float8x8 {
     float* thread_elements() { return e; }
 };
 template <long N> struct Matrices { // an array of them; its elements are changed in place
-    simdgroup_float8x8 m[N];
+    simdgroup_float8x8 own[N];
+    simdgroup_float8x8* m = own;
     const char* name;
     Matrices(const char* name) : name(name) {}
+    Matrices(const Matrices& other) : m(other.m), name(other.name) {} // as an argument: the same matrices
     simdgroup_float8x8& operator[](const host::At& a) {
         if (a.i < 0 || a.i >= N)
             host::fault("line %d: %s[%ld] is out of bounds: it has %ld elements", a.line, name, a.i, N);

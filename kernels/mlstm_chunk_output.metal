@@ -3,12 +3,11 @@ uint head = threadgroup_position_in_grid.z, chunk = threadgroup_position_in_grid
 uint col0 = threadgroup_position_in_grid.x * 64;
 uint S = x_shape[1], D = x_shape[2], E = y_shape[2], NC = (S + 63) / 64;
 uint from = chunk * 64, length = metal::min(64u, S - from), first = head * S + from;
-uint state = head * (NC + 1) + chunk + TURN, square = (head * NC + chunk) * 4096;
+uint state = head * (NC + 1) + chunk + TRANSPOSE, square = (head * NC + chunk) * 4096;
 threadgroup float stage[64 * 40 + 32 * 72];
 auto left = stage + 0, right = stage + 64 * 40;
-uint r0 = group / 2 * 16, c0 = group % 2 * 32;
 simdgroup_float8x8 acc[8];
-for (uint j = 0; j < 8; j++) acc[j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+clear_tile(acc);
 
 // rows with the state, 32 channels at a time
 for (uint d0 = 0; d0 < D; d0 += 32) {
@@ -21,16 +20,7 @@ for (uint d0 = 0; d0 < D; d0 += 32) {
         right[e / 64 * 72 + e % 64] = row < D && c < E ? states[(state * D + row) * E + c] : 0.0f;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (uint d = 0; d < 32; d += 8) {
-        simdgroup_float8x8 x0, x1, y;
-        simdgroup_load(x0, left + (r0 * 40 + d), 40);
-        simdgroup_load(x1, left + ((r0 + 8) * 40 + d), 40);
-        for (uint j = 0; j < 4; j++) {
-            simdgroup_load(y, right + (d * 72 + c0 + j * 8), 72);
-            simdgroup_multiply_accumulate(acc[j], x0, y, acc[j]);
-            simdgroup_multiply_accumulate(acc[j + 4], x1, y, acc[j + 4]);
-        }
-    }
+    for (uint d = 0; d < 32; d += 8) multiply_tile<false, false>(acc, left, right, group, d);
 }
 
 // weights with the other tokens of the chunk, 32 at a time
@@ -38,35 +28,20 @@ for (uint l0 = 0; l0 < length; l0 += 32) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (uint e = t; e < 2048; e += 256) {
         uint l = l0 + e / 64, c = col0 + e % 64;
-        if (TURN) left[e / 64 * 72 + e % 64] = w[square + l * 64 + e % 64];
+        if (TRANSPOSE) left[e / 64 * 72 + e % 64] = w[square + l * 64 + e % 64];
         else left[e / 32 * 40 + e % 32] = w[square + e / 32 * 64 + l0 + e % 32];
         right[e / 64 * 72 + e % 64] = l < length && c < E ? static_cast<float>(y[(first + l) * E + c]) : 0.0f;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (uint l = 0; l < 32; l += 8) {
-        if (TURN ? l0 + l + 8 <= r0 : l0 + l > r0 + 15) continue; // all zero
-        simdgroup_float8x8 x0, x1, z;
-        if (TURN) {
-            simdgroup_load(x0, left + (l * 72 + r0), 72, 0, true);
-            simdgroup_load(x1, left + (l * 72 + r0 + 8), 72, 0, true);
-        } else {
-            simdgroup_load(x0, left + (r0 * 40 + l), 40);
-            simdgroup_load(x1, left + ((r0 + 8) * 40 + l), 40);
-        }
-        for (uint j = 0; j < 4; j++) {
-            simdgroup_load(z, right + (l * 72 + c0 + j * 8), 72);
-            simdgroup_multiply_accumulate(acc[j], x0, z, acc[j]);
-            simdgroup_multiply_accumulate(acc[j + 4], x1, z, acc[j + 4]);
-        }
-    }
+    for (uint l = 0; l < 32; l += 8)
+        if (TRANSPOSE ? l0 + l + 8 > tile_row(group) : l0 + l <= tile_row(group) + 15) // else all zero
+            multiply_tile<TRANSPOSE, false>(acc, left, right, group, l);
 }
 
 // divide and write
-threadgroup_barrier(mem_flags::mem_threadgroup);
-for (uint j = 0; j < 8; j++) simdgroup_store(acc[j], stage + ((r0 + j / 4 * 8) * 72 + c0 + j % 4 * 8), 72);
-threadgroup_barrier(mem_flags::mem_threadgroup);
+store_tile(acc, stage + 0, group);
 for (uint e = t; e < 4096; e += 256) {
     uint r = e / 64, c = col0 + e % 64;
-    float den = TURN || r >= length ? 1.0f : dens[first + r];
+    float den = TRANSPOSE || r >= length ? 1.0f : denom[first + r];
     if (r < length && c < E) out[(first + r) * E + c] = stage[r * 72 + e % 64] / den;
 }

@@ -7,30 +7,26 @@ threadgroup float forget[64];
 threadgroup float a[64];
 auto keys = stage + 0, values = stage + 32 * 72;
 
-// a SIMD group holds 16 by 32 of the 64 by 64 numbers of C, in eight matrices
-uint r0 = group / 2 * 16, c0 = group % 2 * 32;
-simdgroup_float8x8 acc[8];
+simdgroup_float8x8 acc[8]; // this SIMD group's part of the tile of C
 for (uint e = t; e < 4096; e += 256) {
     uint r = row0 + e / 64, c = col0 + e % 64;
     stage[e / 64 * 72 + e % 64] = r < DQK && c < DV ? C[(head * DQK + r) * DV + c] : 0.0f;
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
-for (uint j = 0; j < 8; j++) simdgroup_load(acc[j], stage + ((r0 + j / 4 * 8) * 72 + c0 + j % 4 * 8), 72);
+load_tile(acc, stage + 0, group);
 bool mine = t < 64 && row0 + t < DQK;  // this thread also holds one number of n
 float total = mine ? n[head * DQK + row0 + t] : 0.0f, m0 = m[head];
 
 for (uint chunk = 0; chunk <= NC; chunk++) {
     // the state before this chunk, or after the last one
     uint at = head * (NC + 1) + chunk;
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (uint j = 0; j < 8; j++) simdgroup_store(acc[j], stage + ((r0 + j / 4 * 8) * 72 + c0 + j % 4 * 8), 72);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
+    store_tile(acc, stage + 0, group);
     for (uint e = t; e < 4096; e += 256) {
         uint r = row0 + e / 64, c = col0 + e % 64;
         if (r < DQK && c < DV) states[(at * DQK + r) * DV + c] = stage[e / 64 * 72 + e % 64];
     }
-    if (mine && col0 == 0) totals[at * DQK + row0 + t] = total;
-    if (t == 0 && row0 == 0 && col0 == 0) scales[at] = m0;
+    if (mine && col0 == 0) n_states[at * DQK + row0 + t] = total;
+    if (t == 0 && row0 == 0 && col0 == 0) m_states[at] = m0;
     if (chunk == NC) break;
 
     // the exponent with which each token survives the chunk: the gates behind it, added up, and its own
@@ -58,7 +54,7 @@ for (uint chunk = 0; chunk <= NC; chunk++) {
     }
 
     // forget, then add the products of keys and values, 32 tokens at a time
-    for (uint j = 0; j < 8; j++) { acc[j].thread_elements()[0] *= F; acc[j].thread_elements()[1] *= F; }
+    scale_tile(acc, F);
     total *= F;
     for (uint l0 = 0; l0 < length; l0 += 32) {
         threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -71,16 +67,7 @@ for (uint chunk = 0; chunk <= NC; chunk++) {
             values[to] = value;
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        for (uint l = 0; l < 32; l += 8) {
-            simdgroup_float8x8 x0, x1, y;
-            simdgroup_load(x0, keys + (l * 72 + r0), 72, 0, true);
-            simdgroup_load(x1, keys + (l * 72 + r0 + 8), 72, 0, true);
-            for (uint j = 0; j < 4; j++) {
-                simdgroup_load(y, values + (l * 72 + c0 + j * 8), 72);
-                simdgroup_multiply_accumulate(acc[j], x0, y, acc[j]);
-                simdgroup_multiply_accumulate(acc[j + 4], x1, y, acc[j + 4]);
-            }
-        }
+        for (uint l = 0; l < 32; l += 8) multiply_tile<true, false>(acc, keys, values, group, l);
         if (mine)
             for (uint l = 0; l < 32; l++) total += keys[l * 72 + t];
     }

@@ -2,7 +2,7 @@ uint t = thread_index_in_threadgroup, lane = thread_index_in_simdgroup, group = 
 uint head = threadgroup_position_in_grid.z, chunk = threadgroup_position_in_grid.y;
 uint S = q_shape[1], DQK = q_shape[2], NC = (S + 63) / 64;
 uint from = chunk * 64, length = metal::min(64u, S - from), before = head * (NC + 1) + chunk;
-float scale = numbers[0], eps = numbers[1];
+float scale = scalars[0], eps = scalars[1];
 threadgroup float stage[64 * 76];
 threadgroup float forget[64];
 threadgroup float enter[64];
@@ -12,10 +12,9 @@ if (t < 64) {
     enter[t] = t < length ? i[head * S + from + t] : -1e9f;
 }
 
-// queries with keys, 32 channels at a time; a SIMD group has 16 by 32 of the 64 by 64 products
-uint r0 = group / 2 * 16, c0 = group % 2 * 32;
+// queries with keys, 32 channels at a time
 simdgroup_float8x8 acc[8];
-for (uint j = 0; j < 8; j++) acc[j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+clear_tile(acc);
 for (uint d0 = 0; d0 < DQK; d0 += 32) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (uint e = t; e < 2048; e += 256) {
@@ -25,23 +24,13 @@ for (uint d0 = 0; d0 < DQK; d0 += 32) {
         right[r * 36 + c] = inside ? static_cast<float>(k[at]) : 0.0f;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (uint d = 0; d < 32 && c0 <= r0 + 8; d += 8) {
-        simdgroup_float8x8 x0, x1, y;
-        simdgroup_load(x0, left + (r0 * 40 + d), 40);
-        simdgroup_load(x1, left + ((r0 + 8) * 40 + d), 40);
-        for (uint j = 0; j < 4; j++) {
-            simdgroup_load(y, right + ((c0 + j * 8) * 36 + d), 36, 0, true);
-            simdgroup_multiply_accumulate(acc[j], x0, y, acc[j]);
-            simdgroup_multiply_accumulate(acc[j + 4], x1, y, acc[j + 4]);
-        }
-    }
+    for (uint d = 0; d < 32 && tile_col(group) <= tile_row(group) + 8; d += 8)
+        multiply_tile<false, true>(acc, left, right, group, d);
 }
-threadgroup_barrier(mem_flags::mem_threadgroup);
-for (uint j = 0; j < 8; j++) simdgroup_store(acc[j], stage + ((r0 + j / 4 * 8) * 72 + c0 + j % 4 * 8), 72);
-threadgroup_barrier(mem_flags::mem_threadgroup);
+store_tile(acc, stage + 0, group);
 
 // the decay, row by row, each sum one gate longer than that of the row above; a SIMD group keeps eight rows
-float m0 = scales[before], b = 0.0f, e0 = -1e9f, e1 = -1e9f;
+float m0 = m_states[before], b = 0.0f, e0 = -1e9f, e1 = -1e9f;
 for (uint row = 0; row < 64; row++) {
     b += forget[row];
     e0 = row == lane ? enter[lane] : e0 + forget[row];
@@ -57,17 +46,17 @@ for (uint row = 0; row < 64; row++) {
     uint token = head * S + from + row;
     float dot = 0.0f;
     for (uint d = lane; d < DQK && row < length; d += 32)
-        dot += static_cast<float>(q[token * DQK + d]) * totals[before * DQK + d];
+        dot += static_cast<float>(q[token * DQK + d]) * n_states[before * DQK + d];
     float carry = scale * metal::exp(b + m0 - m1), floor = metal::exp(-m1);
     float den = simd_sum(w0 + w1) + carry * simd_sum(dot);
     if (lane == 0 && row < length) {
-        marks[token] = m1;
-        carries[token] = carry;
-        dens[token] = metal::max(metal::abs(den), floor) + eps;
-        signs[token] = metal::abs(den) > floor ? (den > 0.0f ? 1.0f : -1.0f) : 0.0f;
+        m[token] = m1;
+        inter_chunk_decay[token] = carry;
+        denom[token] = metal::max(metal::abs(den), floor) + eps;
+        denom_sign[token] = metal::abs(den) > floor ? (den > 0.0f ? 1.0f : -1.0f) : 0.0f;
     }
 }
 // after the last row the sums are those with which each token survives the chunk
-float after = scales[before + 1];
-if (group == 0 && lane < length) stays[head * S + from + lane] = metal::exp(e0 - after);
-if (group == 1 && lane + 32 < length) stays[head * S + from + lane + 32] = metal::exp(e1 - after);
+float after = m_states[before + 1];
+if (group == 0 && lane < length) decay_to_end[head * S + from + lane] = metal::exp(e0 - after);
+if (group == 1 && lane + 32 < length) decay_to_end[head * S + from + lane + 32] = metal::exp(e1 - after);

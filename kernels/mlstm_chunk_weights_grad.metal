@@ -13,9 +13,8 @@ if (t < 64) {
 }
 
 // what each token's read-out wants of each value
-uint r0 = group / 2 * 16, c0 = group % 2 * 32;
 simdgroup_float8x8 acc[8];
-for (uint j = 0; j < 8; j++) acc[j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+clear_tile(acc);
 for (uint d0 = 0; d0 < DV; d0 += 32) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (uint e = t; e < 2048; e += 256) {
@@ -25,20 +24,10 @@ for (uint d0 = 0; d0 < DV; d0 += 32) {
         right[r * 36 + c] = inside ? static_cast<float>(v[at]) : 0.0f;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (uint d = 0; d < 32 && c0 <= r0 + 8; d += 8) {
-        simdgroup_float8x8 x0, x1, y;
-        simdgroup_load(x0, left + (r0 * 40 + d), 40);
-        simdgroup_load(x1, left + ((r0 + 8) * 40 + d), 40);
-        for (uint j = 0; j < 4; j++) {
-            simdgroup_load(y, right + ((c0 + j * 8) * 36 + d), 36, 0, true);
-            simdgroup_multiply_accumulate(acc[j], x0, y, acc[j]);
-            simdgroup_multiply_accumulate(acc[j + 4], x1, y, acc[j + 4]);
-        }
-    }
+    for (uint d = 0; d < 32 && tile_col(group) <= tile_row(group) + 8; d += 8)
+        multiply_tile<false, true>(acc, left, right, group, d);
 }
-threadgroup_barrier(mem_flags::mem_threadgroup);
-for (uint j = 0; j < 8; j++) simdgroup_store(acc[j], stage + ((r0 + j / 4 * 8) * 72 + c0 + j % 4 * 8), 72);
-threadgroup_barrier(mem_flags::mem_threadgroup);
+store_tile(acc, stage + 0, group);
 
 // times the decay: the gradient of the products; times the weights: that of the exponents
 float e0 = -1e9f, e1 = -1e9f, column0 = 0.0f, column1 = 0.0f;
@@ -47,11 +36,11 @@ for (uint row = 0; row < 64; row++) {
     e1 = row == lane + 32 ? enter[lane + 32] : e1 + forget[row];
     if (row / 8 != group) continue;
     bool inside = row < length;
-    float m1 = inside ? marks[first + row] : 0.0f, extra = inside ? dden[first + row] : 0.0f;
+    float m1 = inside ? m[first + row] : 0.0f, extra = inside ? dden[first + row] : 0.0f;
     float a0 = stage[row * 72 + lane] + extra, a1 = stage[row * 72 + lane + 32] + extra;
     uint to = ((head * NC + chunk) * 64 + row) * 64 + lane;
-    dweights[to] = inside && lane <= row ? numbers[0] * metal::exp(e0 - m1) * a0 : 0.0f;
-    dweights[to + 32] = inside && lane + 32 <= row ? numbers[0] * metal::exp(e1 - m1) * a1 : 0.0f;
+    dweights[to] = inside && lane <= row ? scalars[0] * metal::exp(e0 - m1) * a0 : 0.0f;
+    dweights[to + 32] = inside && lane + 32 <= row ? scalars[0] * metal::exp(e1 - m1) * a1 : 0.0f;
     float g0 = lane <= row ? a0 * weights[to] : 0.0f, g1 = lane + 32 <= row ? a1 * weights[to + 32] : 0.0f;
     stage[row * 72 + lane] = g0;
     stage[row * 72 + lane + 32] = g1;

@@ -2,8 +2,8 @@ uint col = thread_position_in_grid.x, slice = thread_position_in_threadgroup.y;
 uint head = thread_position_in_grid.z;
 uint lane = thread_index_in_simdgroup;
 uint S = q_shape[1], DQK = q_shape[2], DV = v_shape[2];
-threadgroup float nums[SLICES * 32];
-threadgroup float dens[SLICES * 32];
+threadgroup float num_parts[SLICES * 32];
+threadgroup float denom_parts[SLICES * 32];
 
 // every eighth row of one column of C, and of n
 float c[ROWS];
@@ -19,28 +19,28 @@ for (uint t = 0; t < S; t++) {
     uint token = head * S + t;
     float m1 = metal::max(log_f[token] + m0, i[token]);
     float F = metal::exp(log_f[token] + m0 - m1), I = metal::exp(i[token] - m1);
-    float num = 0.0f, den = 0.0f, value = col < DV ? static_cast<float>(v[token * DV + col]) : 0.0f;
+    float num = 0.0f, denom = 0.0f, value = col < DV ? static_cast<float>(v[token * DV + col]) : 0.0f;
     for (uint r = 0; r < ROWS; r++) {
         uint d = r * SLICES + slice;
         if (d < DQK) {
             float key = I * static_cast<float>(k[token * DQK + d]);
-            float query = numbers[0] * static_cast<float>(q[token * DQK + d]);
+            float query = scalars[0] * static_cast<float>(q[token * DQK + d]);
             total[r] = F * total[r] + key;
             c[r] = F * c[r] + key * value;
             num += query * c[r];
-            den += query * total[r];
+            denom += query * total[r];
         }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup); // the sums of the token before have been read
-    nums[slice * 32 + lane] = num;
-    dens[slice * 32 + lane] = den;
+    num_parts[slice * 32 + lane] = num;
+    denom_parts[slice * 32 + lane] = denom;
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (slice == 0 && col < DV) {
         for (uint s = 1; s < SLICES; s++) {
-            num += nums[s * 32 + lane];
-            den += dens[s * 32 + lane];
+            num += num_parts[s * 32 + lane];
+            denom += denom_parts[s * 32 + lane];
         }
-        h[token * DV + col] = num / (metal::max(metal::abs(den), metal::exp(-m1)) + numbers[1]);
+        h[token * DV + col] = num / (metal::max(metal::abs(denom), metal::exp(-m1)) + scalars[1]);
     }
     m0 = m1;
 }

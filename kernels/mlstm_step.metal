@@ -5,15 +5,13 @@ uint lane = thread_index_in_simdgroup;
 uint DQK = k_shape[1], DV = v_shape[1];
 
 // gates, as exponents
-float gate = static_cast<float>(f[head]), ig = static_cast<float>(i[head]), m0 = m[head];
-float e = metal::exp(-metal::abs(gate)), u = 1.0f + e;
-float log_f = metal::min(gate, 0.0f) - (u == 1.0f ? e : e * metal::log(u) / (u - 1.0f));
-if (!keep[head]) { log_f = 0.0f; ig = -1e9f; }
+float log_f = log_sigmoid(static_cast<float>(f[head])), ig = static_cast<float>(i[head]), m0 = m[head];
+if (!mask[head]) { log_f = 0.0f; ig = -1e9f; }
 float m1 = metal::max(log_f + m0, ig);
 float F = metal::exp(log_f + m0 - m1), I = metal::exp(ig - m1);
 
 // every eighth row of one column, eight of them at once: read, forget, add, read out
-float num = 0.0f, den = 0.0f;
+float num = 0.0f, denom = 0.0f;
 float value = col < DV ? static_cast<float>(v[head * DV + col]) : 0.0f;
 for (uint d0 = slice; d0 < DQK; d0 += SLICES * 8) {
     float c[8];
@@ -26,13 +24,13 @@ for (uint d0 = slice; d0 < DQK; d0 += SLICES * 8) {
         c[j] = inside && col < DV ? C[at * DV + col] : 0.0f;
         total[j] = inside ? n[at] : 0.0f;
         key[j] = inside ? I * static_cast<float>(k[at]) : 0.0f;
-        query[j] = inside ? numbers[0] * static_cast<float>(q[at]) : 0.0f;
+        query[j] = inside ? scalars[0] * static_cast<float>(q[at]) : 0.0f;
     }
     for (uint j = 0; j < 8; j++) {
         uint d = d0 + j * SLICES, at = head * DQK + d;
         total[j] = F * total[j] + key[j];
         c[j] = F * c[j] + key[j] * value;
-        den += query[j] * total[j];
+        denom += query[j] * total[j];
         num += query[j] * c[j];
         if (d < DQK && col == 0) n_out[at] = total[j];
         if (d < DQK && col < DV) C_out[at * DV + col] = c[j];
@@ -40,16 +38,16 @@ for (uint d0 = slice; d0 < DQK; d0 += SLICES * 8) {
 }
 
 // eight partial sums become one
-threadgroup float nums[SLICES * 32];
-threadgroup float dens[SLICES * 32];
-nums[slice * 32 + lane] = num;
-dens[slice * 32 + lane] = den;
+threadgroup float num_parts[SLICES * 32];
+threadgroup float denom_parts[SLICES * 32];
+num_parts[slice * 32 + lane] = num;
+denom_parts[slice * 32 + lane] = denom;
 threadgroup_barrier(mem_flags::mem_threadgroup);
 if (slice == 0 && col < DV) {
     for (uint s = 1; s < SLICES; s++) {
-        num += nums[s * 32 + lane];
-        den += dens[s * 32 + lane];
+        num += num_parts[s * 32 + lane];
+        denom += denom_parts[s * 32 + lane];
     }
-    h[head * DV + col] = num / (metal::max(metal::abs(den), metal::exp(-m1)) + numbers[1]);
+    h[head * DV + col] = num / (metal::max(metal::abs(denom), metal::exp(-m1)) + scalars[1]);
 }
 if (slice == 0 && col == 0) m_out[head] = m1;

@@ -21,11 +21,11 @@ if (t < DH) {
     m0 = m_in[unit];
     hidden[t] = y0;
 }
-bool first = fresh[row];
+bool first = is_empty[row];
 
 for (uint s = 0; s < S; s++) {
     uint token = (row * NH + head) * S + s;
-    if (keep[row * S + s]) {
+    if (mask[row * S + s]) {
         threadgroup_barrier(mem_flags::mem_threadgroup);
         for (uint p = 0; p < PER; p++) {
             uint j = p * THREADS + t;
@@ -41,9 +41,7 @@ for (uint s = 0; s < S; s++) {
         threadgroup_barrier(mem_flags::mem_threadgroup);
         if (t < DH) {
             float i = raw[t], f = raw[DH + t], z = raw[2 * DH + t], o = raw[3 * DH + t];
-            float e = metal::exp(-metal::abs(f)), u = 1.0f + e;
-            float log_f = metal::min(f, 0.0f) - (u == 1.0f ? e : e * metal::log(u) / (u - 1.0f));
-            float m1 = first ? i : metal::max(log_f + m0, i);
+            float log_f = log_sigmoid(f), m1 = first ? i : metal::max(log_f + m0, i);
             float F = metal::exp(metal::min(log_f + m0 - m1, 0.0f)), I = metal::exp(i - m1);
             c0 = F * c0 + I * metal::tanh(z);
             n0 = F * n0 + I;

@@ -1,6 +1,6 @@
 uint t = thread_index_in_threadgroup, head = threadgroup_position_in_grid.y, row = threadgroup_position_in_grid.z;
 uint NH = dy_shape[1], S = dy_shape[2], unit = (row * NH + head) * DH + t;
-threadgroup float wanted[4 * DH];   // gradient of what enters each gate
+threadgroup float dgates[4 * DH];   // gradient of what enters each gate
 threadgroup float parts[4 * DH];    // of each gate's share in the gradient of y
 
 // a thread has PER of the 4 DH pairs of a gate and an input of R
@@ -19,16 +19,15 @@ if (t < DH) {
 
 for (uint back = 0; back < S; back++) {
     uint s = S - 1 - back, token = (row * NH + head) * S + s, at = token * DH + t;
-    bool inside = keep[row * S + s];
+    bool inside = mask[row * S + s];
     if (t < DH) gy += dy[at];
     if (t < DH && inside) {
         float i = raw[token * 4 * DH + t], f = raw[token * 4 * DH + DH + t];
         float z = metal::tanh(raw[token * 4 * DH + 2 * DH + t]);
-        float o = 1.0f / (1.0f + metal::exp(-raw[token * 4 * DH + 3 * DH + t]));
+        float o = sigmoid(raw[token * 4 * DH + 3 * DH + t]);
         float c0 = s > 0 ? c[at - DH] : c_in[unit], n0 = s > 0 ? n[at - DH] : n_in[unit];
         float m0 = s > 0 ? m[at - DH] : m_in[unit];
-        float e = metal::exp(-metal::abs(f)), u = 1.0f + e;
-        float log_f = metal::min(f, 0.0f) - (u == 1.0f ? e : e * metal::log(u) / (u - 1.0f));
+        float log_f = log_sigmoid(f);
         float F = metal::exp(metal::min(log_f + m0 - m[at], 0.0f)), I = metal::exp(i - m[at]);
         float ratio = c[at] / n[at];
         gc += gy * o / n[at];
@@ -39,10 +38,10 @@ for (uint back = 0; back < S; back++) {
         if (newest) gi += gm;
         else gf += gm;
         gm = newest ? 0.0f : gm;
-        wanted[t] = gi;
-        wanted[DH + t] = gf / (1.0f + metal::exp(f));
-        wanted[2 * DH + t] = gc * I * (1.0f - z * z);
-        wanted[3 * DH + t] = gy * ratio * o * (1.0f - o);
+        dgates[t] = gi;
+        dgates[DH + t] = gf / (1.0f + metal::exp(f));
+        dgates[2 * DH + t] = gc * I * (1.0f - z * z);
+        dgates[3 * DH + t] = gy * ratio * o * (1.0f - o);
         gc *= F;
         gn *= F;
     }
@@ -54,12 +53,12 @@ for (uint back = 0; back < S; back++) {
             float sum = 0.0f;
             for (uint d = 0; d < DH && j < 4 * DH; d++) {
                 float w = RESIDENT ? weights[p * DH + d] : static_cast<float>(R[(row0 + d) * DH + e]);
-                sum += wanted[gate * DH + d] * w;
+                sum += dgates[gate * DH + d] * w;
             }
             if (j < 4 * DH) parts[j] = sum;
         }
     }
-    for (uint j = t; j < 4 * DH; j += THREADS) dx[token * 4 * DH + j] = inside ? wanted[j] : 0.0f;
+    for (uint j = t; j < 4 * DH; j += THREADS) dx[token * 4 * DH + j] = inside ? dgates[j] : 0.0f;
     if (inside) {
         threadgroup_barrier(mem_flags::mem_threadgroup);
         if (t < DH) gy = parts[t] + parts[DH + t] + parts[2 * DH + t] + parts[3 * DH + t];

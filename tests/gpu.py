@@ -23,17 +23,13 @@ from mlx.utils import tree_flatten, tree_map  # noqa: E402
 
 import xlstm_metal as xm  # noqa: E402
 from xlstm_metal import metal  # noqa: E402
-from xlstm_metal.cells.mlstm_chunks import mlstm_chunkwise  # noqa: E402
-from xlstm_metal.cells.conv import conv_fused, conv_plain  # noqa: E402
-from xlstm_metal.cells.norms import head_norm_gate, head_norm_gate_plain  # noqa: E402
-from xlstm_metal.cells.mlstm import mlstm_step  # noqa: E402
-from xlstm_metal.cells.mlstm_chunk_gradients import mlstm_chunkwise_dispatch  # noqa: E402
-from xlstm_metal.cells.slstm import slstm_loop, slstm_sequence  # noqa: E402
-from xlstm_metal.cells.mlstm_step_kernel import mlstm_step_dispatch  # noqa: E402
+from xlstm_metal.cells import (  # noqa: E402
+    causal_conv1d, causal_conv1d_plain, head_norm_gate, head_norm_gate_plain, mlstm_chunkwise, mlstm_chunkwise_plain,
+    mlstm_step, mlstm_step_plain, slstm_sequence, slstm_sequence_plain)
 from xlstm_metal.model.config import xLSTMConfig  # noqa: E402
-from xlstm_metal.model.quantize import make_room, recipe  # noqa: E402
+from xlstm_metal.model.quantize import bit_allocation, quantize_modules  # noqa: E402
 from xlstm_metal.model.model import Model  # noqa: E402
-from xlstm_metal.wiring.auto import make_block  # noqa: E402
+from xlstm_metal.blocks.block import make_block  # noqa: E402
 from xlstm_metal.wiring.wiring import Neuron  # noqa: E402
 from xlstm_metal.train.train import fit, init_weights, make_optimizer  # noqa: E402
 
@@ -94,7 +90,7 @@ def rms64(x, w):
 
 
 # RMSNorm as a kernel of ours, to be compared with the one MLX has: eight SIMD groups for each row
-metal.live["rms_norm.metal"] = """
+metal.live_sources["rms_norm.metal"] = """
 uint t = thread_index_in_threadgroup, row = threadgroup_position_in_grid.x, D = x_shape[1];
 threadgroup float parts[8];
 float sum = 0.0f;
@@ -221,16 +217,16 @@ def cases(quick):
     f32, bf16 = mx.float32, mx.bfloat16
     norm = (head_norm_gate, head_norm_gate_plain, norm64)
     for sizes in ((2, 3, 5, 7), (1, 2, 70, 65)): yield "norm", f"norm and gate {sizes}", *norm, partial(norm_case, *sizes, f32), 1e-5, True
-    step = (mlstm_step_dispatch, mlstm_step, cell64)
+    step = (mlstm_step, mlstm_step_plain, cell64)
     for sizes in ((2, 3, 1, 5, 7), (1, 2, 1, 33, 65)): yield "step", f"step {sizes}", *step, partial(cell_case, *sizes, f32), 1e-5, True
-    chunks = (mlstm_chunkwise_dispatch, mlstm_chunkwise, cell64)
+    chunks = (mlstm_chunkwise, mlstm_chunkwise_plain, cell64)
     for sizes in ((1, 2, 9, 33, 40), (2, 3, 70, 24, 40), (1, 2, 150, 65, 130), (2, 1, 300, 16, 65)):
         yield "sequence", f"sequence {sizes}", *chunks, partial(cell_case, *sizes, f32), 1e-5, False
-    back = (gradient(mlstm_chunkwise_dispatch), gradient(mlstm_chunkwise), gradient64)
+    back = (gradient(mlstm_chunkwise), gradient(mlstm_chunkwise_plain), gradient64)
     for sizes in ((2, 3, 70, 24, 40), (1, 2, 150, 65, 130)): yield "gradient", f"gradient {sizes}", *back, partial(cell_case, *sizes, f32), 1e-5, False
-    conv = (conv_fused, conv_plain, conv64)
+    conv = (causal_conv1d, causal_conv1d_plain, conv64)
     for sizes in ((2, 9, 5), (3, 100, 130)): yield "conv", f"convolution {sizes}", *conv, partial(conv_case, *sizes, f32), 1e-5, True
-    slstm = (slstm_sequence, slstm_loop, slstm64)
+    slstm = (slstm_sequence, slstm_sequence_plain, slstm64)
     for sizes in ((2, 3, 9, 5), (1, 2, 20, 64), (1, 1, 6, 130)): yield "slstm", f"sLSTM {sizes}", *slstm, partial(slstm_case, *sizes), 1e-5, False
     slstm_back = (*map(slstm_gradient, slstm[:2]), partial(slstm64, form=slstm_gradient(slstm_definition)))
     for sizes in ((2, 3, 9, 5), (1, 2, 20, 64), (1, 1, 6, 130)): yield "slstm", f"sLSTM gradient {sizes}", *slstm_back, partial(slstm_case, *sizes), 1e-5, False
@@ -247,14 +243,14 @@ def cases(quick):
     for sizes, name in (((1, 8, 2048, 256, 512), "7B"), ((8, 4, 256, 32, 64), "small heads")):
         yield "gradient", f"{name} there and back, {sizes[2]}", *back[:2], None, partial(cell_case, *sizes, bf16), 1e-5, False
     for S in (1, 2048): yield "conv", f"4096 channels, {S}", *conv, partial(conv_case, 1, S, 4096, bf16), 1e-2, True
-    yield "conv", "4096 channels there and back", with_gradient(conv_fused, (0, 3)), with_gradient(conv_plain, (0, 3)), None, partial(conv_case, 1, 2048, 4096, bf16), 1e-2, True
+    yield "conv", "4096 channels there and back", with_gradient(causal_conv1d, (0, 3)), with_gradient(causal_conv1d_plain, (0, 3)), None, partial(conv_case, 1, 2048, 4096, bf16), 1e-2, True
 
 
 def decoders(quick, blocks=8):
     "Models whose decode step is timed: the bundled one, and some blocks of the size of xLSTM 7B."
     yield "bundled model", xm.load(dtype=mx.bfloat16)[0]
     if quick: return
-    model = Model(xLSTMConfig(vocab_size=50304, hidden_size=4096, num_hidden_layers=blocks, num_heads=8))
+    model = Model(xLSTMConfig.from_dict(vocab_size=50304, hidden_size=4096, num_hidden_layers=blocks, num_heads=8))
     model.update(tree_map(lambda p: (.02 * mx.random.normal(p.shape)).astype(mx.bfloat16), model.parameters()))
     mx.eval(model.parameters()) # or a compiled step would draw them anew each time
     yield f"{blocks} blocks of 7B", model
@@ -299,14 +295,14 @@ def bits(quick):
     from mlx_lm.utils import dequantize_model
     ids = mx.random.randint(2, 4000, (1, 70 if quick else 2048))
     def prompt(model, n=5):
-        def read(): mx.eval(model.prefill(ids, model.make_cache()))
+        def read(): mx.eval(xm.State(model).read(ids).logits)
         read()
         start = time.perf_counter()
         for _ in range(n): read()
         return (time.perf_counter() - start) / n
     for choice in (8, "mixed", 4):
         packed = xm.load(dtype=mx.float32, quantize=choice)[0]
-        got, want = (m.prefill(ids, m.make_cache()) for m in (packed, dequantize_model(deepcopy(packed))))
+        got, want = (xm.State(m).read(ids).logits for m in (packed, dequantize_model(deepcopy(packed))))
         far = (mx.abs(got - want).max() / mx.abs(want).max()).item()
         print(f"packed products, {choice}: {far:.1e} from those of the same weights unpacked", flush=True)
         assert far < 1e-2 # a GPU multiplies float32 in fewer bits
@@ -315,7 +311,7 @@ def bits(quick):
         rows = [("16 bits", model)]
         for choice in (8, "mixed", 4):
             packed = deepcopy(model)
-            make_room(packed, recipe(packed, choice))
+            quantize_modules(packed, bit_allocation(packed, choice))
             mx.eval(packed.parameters())
             rows.append((f"{choice} bits".replace("mixed bits", "mixed"), packed))
         token = [per_token(m, mx.compile(decode_step(m, m)), n) for _, m in rows]
@@ -370,7 +366,7 @@ def stage(quick):
 
 def training(quick):
     "Losses of the same small training with kernels and without, and the time of a step; nothing compiled."
-    c = xLSTMConfig(vocab_size=64, hidden_size=128, num_hidden_layers=2, num_heads=4)
+    c = xLSTMConfig.from_dict(vocab_size=64, hidden_size=128, num_hidden_layers=2, num_heads=4)
     steps = 4 if quick else 40
     def curve():
         rng = np.random.default_rng(0)

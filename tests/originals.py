@@ -14,10 +14,7 @@ import numpy as np
 import torch
 from mlstm_kernels.torch.chunkwise.triton_limit_chunk import mlstm_chunkwise__limit_chunk
 from mlstm_kernels.torch.recurrent.triton_step import mlstm_recurrent_step__triton
-from xlstm_metal.cells.mlstm_chunks import mlstm_chunkwise
-from xlstm_metal.cells.mlstm_chunk_gradients import mlstm_chunkwise_dispatch
-from xlstm_metal.cells.mlstm import mlstm_step
-from xlstm_metal.cells.mlstm_step_kernel import mlstm_step_dispatch
+from xlstm_metal.cells import mlstm_chunkwise, mlstm_chunkwise_plain, mlstm_step, mlstm_step_plain
 
 
 def seconds(work, wait, calls=10, budget=1.0):
@@ -50,7 +47,7 @@ def sequence(B, NH, S, DQK, DV):
     dh = mx.random.normal(want.shape)
     def ours(form): return lambda: form(*x)
     def with_grad(form): return lambda: mx.vjp(lambda *a: [form(*a[:5], a[5:])[0]], [*x[:5], *x[5]], [dh])
-    for name, form in (("kernels of ours", mlstm_chunkwise_dispatch), ("plain MLX form", mlstm_chunkwise)):
+    for name, form in (("kernels of ours", mlstm_chunkwise), ("plain MLX form", mlstm_chunkwise_plain)):
         row(f"{name}, {S} tokens", lambda: np.array(form(*x)[0]), want, ours(form), wait_mlx)
         row(f"{name}, {S} tokens, there and back", None, None, with_grad(form), wait_mlx)
     for dtype in (torch.bfloat16, torch.float32):
@@ -70,7 +67,7 @@ def sequence(B, NH, S, DQK, DV):
 def step(B, NH, DQK, DV):
     x = gpu.cell_case(B, NH, 1, DQK, DV, mx.bfloat16)
     want = gpu.cell64(*x)[0]
-    for name, form in (("kernel of ours", mlstm_step_dispatch), ("plain MLX form", mlstm_step)):
+    for name, form in (("kernel of ours", mlstm_step), ("plain MLX form", mlstm_step_plain)):
         compiled = mx.compile(lambda *a: form(*a[:5], a[5:]))
         row(f"{name}, compiled, a step of {B}", lambda: np.array(form(*x)[0]), want, lambda: compiled(*x[:5], *x[5]), wait_mlx)
     t = [to_torch(a, torch.bfloat16 if j < 3 else torch.float32) for j, a in enumerate((*x[:5], *x[5]))]

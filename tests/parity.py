@@ -36,10 +36,10 @@ from fixtures.make import hf_gradients, hf_greedy, hf_model, hf_run, randomise, 
 from fixtures.make import stack_gradients, stack_greedy, stack_model, stack_steps  # noqa: E402
 
 import xlstm_metal as xm  # noqa: E402
-from xlstm_metal.cells.mlstm_chunks import mlstm_chunkwise  # noqa: E402
-from xlstm_metal.cells.mlstm import mlstm_parallel, mlstm_recurrent, mlstm_step  # noqa: E402
+from xlstm_metal.cells.mlstm_chunks import mlstm_chunkwise_plain  # noqa: E402
+from xlstm_metal.cells.mlstm import mlstm_parallel, mlstm_recurrent_plain, mlstm_step_plain  # noqa: E402
 from xlstm_metal.generation.score import score  # noqa: E402
-from xlstm_metal.model.checkpoint import bundled  # noqa: E402
+from xlstm_metal.files import bundled  # noqa: E402
 from xlstm_metal.train.train import lm_loss  # noqa: E402
 
 LIMITS = dict(logits=1e-4, state=1e-4, loss=1e-5, grad=1e-3)
@@ -368,10 +368,10 @@ def mx_cell(form, x, weights):
 
 
 def stepped(q, k, v, i, f, state):
-    "`mlstm_step` over a sequence."
+    "`mlstm_step_plain` over a sequence."
     hs = []
     for t in range(q.shape[2]):
-        h, state = mlstm_step(*[x[:, :, t:t + 1] for x in (q, k, v, i, f)], state)
+        h, state = mlstm_step_plain(*[x[:, :, t:t + 1] for x in (q, k, v, i, f)], state)
         hs.append(h)
     return mx.concatenate(hs, 2), state
 
@@ -389,9 +389,9 @@ def compare_cell(row, seed, batch, heads, length, dqk, dv, chunk, igate=-2.0, fg
         references["chunkwise"] = torch_cell(padded, x, weights, chunk_size=chunk, dtype_state=torch.float64,
                                              mlstm_chunkwise_kernel=mlstm_chunkwise__native_autograd,
                                              mlstm_sequence_kernel=None, mlstm_step_kernel=None)
-    forms = {"recurrent": mlstm_recurrent, "parallel": mlstm_parallel, "step": stepped,
-             "chunkwise": lambda *a, state: mlstm_chunkwise(*a, state=state, chunk_size=chunk),
-             "chunkwise 64": lambda *a, state: mlstm_chunkwise(*a, state=state)}
+    forms = {"recurrent": mlstm_recurrent_plain, "parallel": mlstm_parallel, "step": stepped,
+             "chunkwise": lambda *a, state: mlstm_chunkwise_plain(*a, state=state, chunk_size=chunk),
+             "chunkwise 64": lambda *a, state: mlstm_chunkwise_plain(*a, state=state)}
     if length > 80: forms.pop("step")  # the loop is that of the recurrent form
     for form, fn in forms.items():
         h, state, grads = mx_cell(fn, x, weights)

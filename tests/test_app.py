@@ -27,7 +27,7 @@ app""", "app", """\
 def tokens(): return len(app.run.tokens) if app.run else 0
 first = tokens()
 await asyncio.sleep(.5)
-print("meanwhile", tokens() - first)"""]
+print("meanwhile", tokens() - first)""", "app.close()"]
 
 
 def browsers():
@@ -76,18 +76,18 @@ def browser():
         b.close()
 
 
-def until(true, what, seconds=60):
+def wait_until(condition, what, seconds=60):
     end = time.time() + seconds
-    while not (got := true()):
-        assert time.time() < end, f"waited in vain for {what}"
+    while not (got := condition()):
+        assert time.time() < end, f"timed out waiting for {what}"
         time.sleep(.02)
     return got
 
 
 def open_page(browser, url, log, **size):
-    def up():
+    def is_up():
         with socket.socket() as s: return s.connect_ex(("127.0.0.1", urlsplit(url).port)) == 0
-    until(up, f"{url}:\n{log.read_text()}")
+    wait_until(is_up, f"{url}:\n{log.read_text()}")
     page = browser.new_page(viewport=dict(width=1250, height=1400), **size)
     page.set_default_timeout(60_000)
     page.on("dialog", lambda d: d.accept()) # leave a notebook that is not saved
@@ -102,20 +102,20 @@ class App:
     def text(self): return self.root.locator(".xm-text pre").inner_text() if self.root.locator(".xm-text pre").count() else ""
     def status(self): return self.root.locator(".xm-status > span").first.inner_text()
     def idle(self): return self.root.locator("button", has_text="Generate").is_enabled()
-    def done(self): until(self.idle, "the end")
+    def wait(self): wait_until(self.idle, "the end of the task")
     def set(self, label, value):
         field = self.root.locator(f"label:text-is('{label}') ~ input")
         field.fill(str(value))
         field.press("Tab")
 
     def watch_growing(self, times):
-        "Wait until the text has been seen in so many lengths; the first may be that of another run."
-        seen = []
+        "Wait until the text has grown so many times; the first length may be that of another run."
+        lengths = []
         def grown():
-            if (n := len(self.text())) not in seen: seen.append(n)
-            return len(seen) > times
-        until(grown, "a text that grows")
-        assert seen[1:] == sorted(seen[1:])
+            if (n := len(self.text())) not in lengths: lengths.append(n)
+            return len(lengths) > times
+        wait_until(grown, "a growing text")
+        assert lengths[1:] == sorted(lengths[1:])
 
 
 def ready(page):
@@ -133,102 +133,111 @@ def lab(browser, servers):
     "The notebook with its app shown twice."
     page = open_page(browser, f"{servers[0]}/lab/tree/app.ipynb", servers[2])
     ready(page)
-    page.evaluate("void jupyterapp.commands.execute('notebook:run-all-cells')")
+    for j in range(3): run_cell(page, j)
     page.wait_for_function("document.querySelectorAll('.xm-app').length == 2")
-    until(lambda: "meanwhile 0" in page.inner_text(".jp-Notebook"), "the last cell")
+    wait_until(lambda: "meanwhile 0" in page.inner_text(".jp-Notebook"), "the last cell")
     return page
 
 
-def test_write_stop_fork_continue(lab):
+def test_generate_stop_fork_continue_in_two_displays(lab):
     import xlstm_metal as xm
     app, twin = App(lab), App(lab, 1)
     app.root.locator("textarea").fill(PROMPT)
     app.click("Generate")
     app.watch_growing(4)
     app.click("Stop")
-    app.done()
-    wrote = int(re.match(r"stopped: (\d+) of 300 tokens written, [\d.]+ tokens/s", app.status())[1])
+    app.wait()
+    count = int(re.match(r"stopped: (\d+) of 300 tokens generated, [\d.]+ tokens/s", app.status())[1])
     text = app.text()
-    assert 4 <= wrote < 300 and text == PROMPT + xm.generate(*xm.load(), PROMPT, max_tokens=wrote)
+    assert 4 <= count < 300 and text == PROMPT + xm.generate(*xm.load(), PROMPT, max_tokens=count)
     time.sleep(.5)
     assert app.text() == text
 
     for _ in range(3): app.root.locator(".noUi-handle").last.press("ArrowLeft")
-    until(lambda: app.root.locator(".xm-after").count(), "what a fork would leave behind")
+    wait_until(lambda: app.root.locator(".xm-after").count(), "what a fork would leave out")
     app.click("Fork here")
-    until(lambda: app.status().startswith("run 2 is run 1"), "the fork")
+    wait_until(lambda: app.status().startswith("run 2 is a fork of run 1"), "the fork")
     short = app.text()
     assert len(short) < len(text) and text.startswith(short)
     app.set("tokens", 9)
     app.click("Continue")
-    until(lambda: app.status().startswith("9 of 9 tokens written"), "the end")
-    assert app.text() == PROMPT + xm.generate(*xm.load(), PROMPT, max_tokens=wrote - 3 + 9)
-    until(lambda: twin.text() == app.text() and twin.status() == app.status(), "the other display")
+    wait_until(lambda: app.status().startswith("9 of 9 tokens generated"), "the end of the task")
+    assert app.text() == PROMPT + xm.generate(*xm.load(), PROMPT, max_tokens=count - 3 + 9)
+    wait_until(lambda: twin.text() == app.text() and twin.status() == app.status(), "the other display")
 
 
-def test_pages(lab):
+def test_surprise_and_memories_pages(lab):
     app = App(lab)
     app.click("Surprise")
-    until(lambda: app.root.locator(".xm-surprise span[style*=background]").count() > 9, "coloured tokens")
+    wait_until(lambda: app.root.locator(".xm-surprise span[style*=background]").count() > 9, "coloured tokens")
     app.click("Memories")
-    until(lambda: app.root.locator(".xm-memories img").count() == 4, "the memories' pictures")
+    wait_until(lambda: app.root.locator(".xm-memories img").count() == 4, "four heat maps")
     assert all(app.root.locator(".xm-memories img").nth(j).evaluate("i => i.complete && i.naturalWidth == 9") for j in range(4))
     app.click("Text")
 
 
-def test_nothing_is_cut_on_a_narrow_page(lab):
+def test_nothing_overflows_at_500_pixels(lab):
     lab.evaluate("jupyterapp.shell.collapseLeft()")
     lab.set_viewport_size(dict(width=500, height=1400))
-    until(lambda: App(lab).root.bounding_box()["width"] < 460, "the narrow page")
+    wait_until(lambda: App(lab).root.bounding_box()["width"] < 460, "the narrow page")
     time.sleep(.3)
-    over = App(lab).root.evaluate("""app => [...app.querySelectorAll('*')].filter(e =>
+    overflowing = App(lab).root.evaluate("""app => [...app.querySelectorAll('*')].filter(e =>
         e.getBoundingClientRect().right > app.getBoundingClientRect().right + 1).map(e => e.className)""")
     lab.set_viewport_size(dict(width=1250, height=1400))
-    assert over == []
+    assert overflowing == []
 
 
-def test_text_is_no_page(lab):
-    app, rude = App(lab), "<img src=x onerror='window.broken = 1'><script>window.broken = 1</script>&lt;b&gt;"
-    app.root.locator("textarea").fill(rude)
+def test_html_in_a_prompt_is_shown_as_text(lab):
+    app, markup = App(lab), "<img src=x onerror='window.broken = 1'><script>window.broken = 1</script>&lt;b&gt;"
+    app.root.locator("textarea").fill(markup)
     app.set("tokens", 3)
     app.click("Generate")
-    until(lambda: app.text().startswith(rude) and app.idle(), "the text")
+    wait_until(lambda: app.text().startswith(markup) and app.idle(), "the text")
     app.click("Surprise")
-    until(lambda: app.root.locator(".xm-surprise pre").count(), "the tokens")
+    wait_until(lambda: app.root.locator(".xm-surprise pre").count(), "the tokens")
     app.click("Text")
     assert not lab.evaluate("window.broken") and not app.root.locator("pre img, pre script").count()
 
 
-def test_cells_that_wait_and_pages_that_are_lost(lab):
+def test_closed_app_comes_back(lab):
+    app = App(lab)
+    text = wait_until(app.text, "the text")
+    run_cell(lab, 3)
+    wait_until(lambda: not lab.locator(".xm-app").count(), "a page without the app")
+    run_cell(lab, 1)
+    wait_until(lambda: lab.locator(".xm-app").count() == 1 and app.text() == text, "the app")
+
+
+def test_generation_survives_waiting_cells_and_a_page_reload(lab):
     app = App(lab)
     app.root.locator("textarea").fill(PROMPT)
     app.set("tokens", 1000)
     app.click("Generate")
     app.watch_growing(2)
     run_cell(lab, 2)
-    until(lambda: re.search(r"meanwhile [1-9]", lab.inner_text(".jp-Notebook")), "the cell")
+    wait_until(lambda: re.search(r"meanwhile [1-9]", lab.inner_text(".jp-Notebook")), "the waiting cell")
     assert not app.idle()
     lab.reload() # without having saved the notebook
     ready(lab)
     run_cell(lab, 1)
     app.watch_growing(2)
     app.click("Stop")
-    app.done()
+    app.wait()
     assert app.status().startswith("stopped: ")
 
 
-def test_voila_shows_the_tutorial(browser, servers):
+def test_voila_serves_the_tutorial_without_code(browser, servers):
     page = open_page(browser, servers[1], servers[2], device_scale_factor=1.5)
     page.wait_for_function("document.querySelectorAll('.xm-app').length == 2")
     app = App(page)
-    until(lambda: app.root.locator("option").count() == 2, "what the tutorial does by hand")
-    assert not page.locator(".jp-InputArea-editor").count() # no code
+    wait_until(lambda: app.root.locator("option").count() == 2, "the runs of the tutorial")
+    assert not page.locator(".jp-InputArea-editor").count()
     if os.environ.get("XLSTM_METAL_PICTURE"): take_picture(app)
     app.set("tokens", 500)
     app.click("Generate")
     app.watch_growing(2)
     app.click("Stop")
-    app.done()
+    app.wait()
     assert re.match("stopped: [0-9]+ of ", app.status())
 
 
@@ -236,7 +245,7 @@ def take_picture(app):
     from PIL import Image
     app.root.locator("option").last.click()
     app.click("Surprise")
-    until(lambda: app.root.locator(".xm-here").count(), "the tokens")
+    wait_until(lambda: app.root.locator(".xm-here").count(), "the tokens")
     time.sleep(.5)
     app.root.screenshot(path=PICTURE)
     app.click("Text")

@@ -1,4 +1,5 @@
 "The command line as a process: what people type, what goes wrong, and how it ends."
+import ctypes
 import fcntl
 import json
 import os
@@ -20,12 +21,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from xlstm_metal.apps.cli import main
+from xlstm_metal.apps.cli import main, parser
 from xlstm_metal.generation.runner import xLSTMRunner
 from xlstm_metal.generation.score import score
 from xlstm_metal.generation.state import State
-from xlstm_metal.model.checkpoint import bundled, load
-from xlstm_metal.model.stack import parse_stack_config, xLSTMLMModel
+from xlstm_metal.files import bundled
+from xlstm_metal.model.checkpoint import load
+from xlstm_metal.model.config import xLSTMConfig
+from xlstm_metal.model.model import Model
 from xlstm_metal.model.tokenizer import encode
 
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
@@ -44,7 +47,48 @@ def test_generate_streams_and_reports():
     assert r.stderr.count("\n") == 1
 
 
-def test_text_arrives_while_it_is_made():
+def test_generate_is_the_default_command():
+    "Options without a command are those of `generate`; no arguments, or --help, show the usage."
+    options = ["--model", FIXTURES.parent.parent / "xlstm_metal/bundled", "--prompt", "def f(x):", "--max-tokens", 6]
+    assert run(*options).stdout == run("generate", *options).stdout == run(*options[2:]).stdout != ""
+    assert "--max-tokens" in run("-p", "x", "--help").stdout and "--max-tokens" not in run("--help").stdout
+    nothing = run()
+    assert nothing.returncode == 2 and nothing.stderr.startswith("usage: xlstm-metal ") and "generate" in nothing.stderr
+    assert run("paint").returncode == 2 and "invalid choice: 'paint'" in run("paint").stderr
+
+
+def test_every_option_has_a_help_text():
+    for name, command in parser()._subparsers._group_actions[0].choices.items():
+        for action in command._actions: assert name == "mlx" or action.help, (name, action.dest)
+
+
+def few_open_files():
+    "Run in a child before it starts: at most 1,024 open files, and no right to more."
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+    if os.geteuid() == 0: ctypes.CDLL(None).prctl(24, 24, 0, 0, 0) # root without CAP_SYS_RESOURCE
+
+
+@pytest.mark.parametrize("command", [
+    ["generate", "-p", "x", "--max-tokens", "1"], ["chat", "--max-tokens", "1"], ["score", "-f", "-"], ["info"],
+    ["mlx", "generate", "-p", "x", "-m", "1"], ["mlx", "server", "--help"]], ids=lambda c: "-".join(c[:2]))
+def test_commands_with_few_open_files(command):
+    "mlx-lm asks for a limit of 4,096 when it is imported."
+    if sys.platform != "linux" and os.geteuid() == 0: pytest.skip("root may raise any limit")
+    raises = subprocess.run([sys.executable, "-c", "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (2048, 4096))"],
+                            preexec_fn=few_open_files, capture_output=True, text=True)
+    assert "not allowed to raise maximum limit" in raises.stderr
+    r = run(*command, input="import os\n", preexec_fn=few_open_files)
+    assert r.returncode == 0 and r.stdout, r.stderr
+
+
+def test_imports_with_few_open_files():
+    for code in ("import xlstm_metal, mlx_lm", "import xlstm_metal.apps.server", "import xlstm_metal, mlx_lm.models.xlstm"):
+        check = f"import resource; before = resource.setrlimit; {code}; assert resource.setrlimit is before; print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+        r = subprocess.run([sys.executable, "-c", check], preexec_fn=few_open_files, capture_output=True, text=True, env=ENV)
+        assert r.stdout == "(1024, 1024)\n", r.stderr
+
+
+def test_text_is_printed_while_it_is_generated():
     p = subprocess.Popen([*XLSTM, "generate", "-p", "import os\n", "--max-tokens", "2000"], stdout=subprocess.PIPE, env=ENV)
     seen = [os.read(p.stdout.fileno(), 65536) for _ in range(30)]
     early = p.poll() is None
@@ -52,7 +96,7 @@ def test_text_arrives_while_it_is_made():
     assert early and all(seen) and p.wait(20) == 130
 
 
-def test_greedy_and_seed_repeat():
+def test_greedy_and_seeded_runs_repeat():
     a, b = (run("generate", "-p", "class A", "--max-tokens", 12).stdout for _ in "ab")
     assert a == b
     wild = ["generate", "-p", "class A", "--max-tokens", 12, "-t", 1.2, "--top-k", 50, "--top-p", .95, "--min-p", .01, "--repetition-penalty", 1.1, "--seed"]
@@ -60,7 +104,7 @@ def test_greedy_and_seed_repeat():
     assert x == y != z
 
 
-def test_stop_and_standard_input():
+def test_stop_texts_and_prompt_from_standard_input():
     r = run("generate", "-p", "-", "--max-tokens", 60, "--stop", "\n", "--stop", "(", input="import ")
     assert r.returncode == 0 and "(" not in r.stdout and r.stdout.count("\n") == 1
 
@@ -76,7 +120,7 @@ def refused(*args, **kw):
     (["generate"], "there is no prompt"),
     (["generate", "-p", "x", "--max-tokens", -1], "max_tokens must be 0 or more, not -1"),
     (["generate", "-p", "x", "--seed", -1], "seed must be a whole number, 0 or more and below 2**64, not -1"),
-    (["generate", "-p", "x", "-m", "nobody", "--skip", 5], "--skip is for a text that is given with --file"),
+    (["generate", "-p", "x", "-m", "nobody", "--skip", 5], "--skip needs --file"),
     (["generate", "-p", "x", "--seed", 2**64], "seed must be a whole number"),
     (["generate", "-p", "x", "-m", "nobody", "--save-state", "/dev/null"], "/dev/null is not a file"),
     (["generate", "-p", "x", "-m", "nobody", "--save-state", __file__], "test_cli.py is not a state file, so it is not overwritten"),
@@ -92,14 +136,14 @@ def refused(*args, **kw):
     (["generate", "-m", "nobody", "-f", "./nothing"], "there is no file nothing"),
     (["score", "-m", "nobody", "-f", "./nothing"], "there is no file nothing"),
     (["score", "-m", "nobody", "-f", __file__, "--load-state", __file__], "test_cli.py is not a state file"),
-])
-def test_refusals(args, says, tmp_path):
+], ids=lambda v: v if isinstance(v, str) else v[0])
+def test_bad_input(args, says, tmp_path):
     assert says in refused(*args, env={"HF_HOME": str(tmp_path)})
 
 
 @pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
-@pytest.mark.parametrize("args", [["generate", "-p", "-"], ["score", "-f", "-"], ["chat"]])
-def test_bytes_that_are_no_text(args, locale, tmp_path):
+@pytest.mark.parametrize("args", [["generate", "-p", "-"], ["score", "-f", "-"], ["chat"]], ids=lambda args: args[0])
+def test_input_that_is_not_utf8(args, locale, tmp_path):
     for mode in "01":
         with open(tmp_path / "noise", "wb+") as f:
             f.write(b"a\xff\xfeb\n")
@@ -114,22 +158,22 @@ def test_output_to_a_full_disk():
     assert (r.returncode, r.stderr) == (2, "xlstm-metal: the output cannot be written: No space left on device\n")
 
 
-def test_a_prompt_that_is_no_text(): assert "it has '\\udcff' at place 1" in refused("generate", "-p", b"a\xff".decode(errors="surrogateescape"))
+def test_prompt_that_is_not_unicode(): assert "it has '\\udcff' at position 1" in refused("generate", "-p", b"a\xff".decode(errors="surrogateescape"))
 
 
-def test_gpu_that_is_not_there():
+def test_missing_gpu_is_refused():
     import mlx.core as mx
     if mx.is_available(mx.gpu): pytest.skip("this machine has a GPU")
     assert "there is no GPU" in refused("generate", "-p", "x", "--device", "gpu")
 
 
-def test_refusals_come_before_work():
+def test_bad_input_is_refused_at_once():
     start = time.perf_counter()
     refused("generate", "-p", "x", "-m", "./no/such/folder", "--max-tokens", -1)
     assert time.perf_counter() - start < 5
 
 
-def test_broken_checkpoint(tmp_path):
+def test_checkpoint_of_another_model_type(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(dict(model_type="llama")))
     assert "model_type 'llama' is not an xLSTM" in refused("info", "-m", tmp_path)
 
@@ -160,7 +204,7 @@ def sparse_7b(folder: Path):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_info_of_7b_is_quick_and_small(tmp_path):
+def test_info_of_7b_is_fast_and_needs_little_memory(tmp_path):
     sparse_7b(tmp_path)
     start = time.perf_counter()
     r = run("info", "-m", tmp_path, "--show-wiring")
@@ -173,7 +217,7 @@ def test_info_of_7b_is_quick_and_small(tmp_path):
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024 < 2000 # MB, the largest child of this whole run; models here are small
 
 
-def test_help_is_quick():
+def test_help_is_fast():
     best = 9
     for _ in range(3):
         start = time.perf_counter(); assert run("generate", "--help").returncode == 0
@@ -181,7 +225,7 @@ def test_help_is_quick():
     assert best < .5, best
 
 
-def test_streamed_text_is_the_text_of_its_tokens():
+def test_streamed_text_equals_decoded_tokens():
     import xlstm_metal as xm
     model, tokenizer = xm.load()
     prompt = "class Point:\n    def __init__(self, x, y):\n"
@@ -191,7 +235,7 @@ def test_streamed_text_is_the_text_of_its_tokens():
     assert run("generate", "-p", prompt, "--max-tokens", 30).stdout == prompt + whole + "\n"
 
 
-def test_chat_keeps_state_and_ends_at_end_of_input():
+def test_chat_keeps_state_and_ends_at_end_of_file():
     one = run("chat", "--max-tokens", 16, input="class Box:\nimport re\n")
     two = run("chat", "--max-tokens", 16, input="class Box:\n/reset\nimport re\n")
     assert one.returncode == two.returncode == 0 and one.stdout != two.stdout
@@ -228,7 +272,7 @@ def test_chat_on_a_terminal():
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-def test_a_stack_in_the_terminal(tmp_path, capsys):
+def test_commands_with_a_stack(tmp_path, capsys):
     "A mixed stack of the first paper: described, converted to the original's layouts and back, and generating the same text."
     cell = dict(num_heads=4)
     d = dict(embedding_dim=32, num_blocks=3, vocab_size=4096, slstm_at=[1], bos_token_id=0, mlstm_block=dict(mlstm=cell),
@@ -236,7 +280,7 @@ def test_a_stack_in_the_terminal(tmp_path, capsys):
     folder = tmp_path / "stack"
     folder.mkdir()
     mx.random.seed(0)
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(xLSTMLMModel(parse_stack_config(d)).parameters())))
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(Model(xLSTMConfig.from_dict(d)).parameters())))
     (folder / "config.json").write_text(json.dumps(d))
     for f in bundled.glob("tokenizer*"): shutil.copy(f, folder)
     assert main(["convert", str(folder), f"{folder}2", "--to", "nxai", "--recurrent", "cuda"]) == 0
@@ -260,9 +304,9 @@ def test_a_stack_in_the_terminal(tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
-def test_wiring_of_a_tied_head_and_of_none(tmp_path, capsys):
+def test_wiring_with_tied_head_and_without_head(tmp_path, capsys):
     d = dict(embedding_dim=32, num_blocks=2, vocab_size=50, mlstm_block=dict(mlstm=dict(num_heads=4)), tie_weights=True)
-    weights = dict(tree_flatten(xLSTMLMModel(parse_stack_config(d)).parameters()))
+    weights = dict(tree_flatten(Model(xLSTMConfig.from_dict(d)).parameters()))
     ends = {"tied": (weights | {"lm_head.weight": weights["token_embedding.weight"]}, d, "ids -- embeddings 50 x 32", "the embeddings again -- logits 50"),
             "none": ({n.removeprefix("xlstm_block_stack."): w for n, w in weights.items() if n != "token_embedding.weight"},
                      {k: v for k, v in d.items() if k not in ("vocab_size", "tie_weights")}, "input", "output")}
@@ -275,7 +319,7 @@ def test_wiring_of_a_tied_head_and_of_none(tmp_path, capsys):
         assert drawn[0].endswith("\n" + first) and drawn[1].startswith("blocks 0-1 -- 2 x mLSTM of 32, 4 heads of 16 x 16") and drawn[2:] == ["post_blocks_norm", last + "\n"]
 
 
-def test_a_state_goes_from_process_to_process(tmp_path, capsys):
+def test_state_saved_and_loaded_by_another_process(tmp_path, capsys):
     place, text = tmp_path / "place", tmp_path / "text"
     text.write_text("class Queue:\n    def __init__(self):\n        self.items = []\n\n")
     r = run("generate", "-f", text, "-p", "    def put(", "--max-tokens", 12, "--save-state", place)
@@ -291,10 +335,10 @@ def test_a_state_goes_from_process_to_process(tmp_path, capsys):
     (other / "config.json").write_text(json.dumps(config))
     capsys.readouterr()
     assert main(["generate", "-m", str(other), "--load-state", str(place)]) == 2
-    assert "place is the state of another model: its settings are others" in capsys.readouterr().err
+    assert "place is the state of another model: its settings do not match" in capsys.readouterr().err
 
 
-def test_ctrl_c_saves_what_was_read(tmp_path):
+def test_ctrl_c_saves_the_state(tmp_path):
     "A long file, on a terminal with a bar, stopped while it is read; and an answer, stopped while it is written."
     small, text, place = tmp_path / "small", tmp_path / "text", tmp_path / "place"
     shutil.copytree(bundled, small)

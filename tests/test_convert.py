@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from xlstm_metal.apps.cli import main
-from xlstm_metal.model.checkpoint import CheckpointError, load
+from xlstm_metal.files import CheckpointError
+from xlstm_metal.model.checkpoint import load
 from xlstm_metal.model.convert import convert
 
 torch = pytest.importorskip("torch", reason="pickles are read by PyTorch")

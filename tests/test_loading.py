@@ -23,7 +23,7 @@ def write_shards(folder, config, shards):
 
 
 def test_peak_is_the_model_and_one_shard(tmp_path):
-    stored, shard = write_shards(tmp_path, xLSTMConfig(vocab_size=2000, hidden_size=512, num_hidden_layers=8, num_heads=4), 8)
+    stored, shard = write_shards(tmp_path, xLSTMConfig.from_dict(vocab_size=2000, hidden_size=512, num_hidden_layers=8, num_heads=4), 8)
     mx.clear_cache(); mx.reset_peak_memory()
     before = mx.get_active_memory()
     model, _ = load(tmp_path, mx.bfloat16)
@@ -33,7 +33,7 @@ def test_peak_is_the_model_and_one_shard(tmp_path):
 
 
 def test_another_thread_can_use_the_model(tmp_path):
-    write_shards(tmp_path, xLSTMConfig(vocab_size=50, hidden_size=64, num_hidden_layers=2, num_heads=4), 2)
+    write_shards(tmp_path, xLSTMConfig.from_dict(vocab_size=50, hidden_size=64, num_hidden_layers=2, num_heads=4), 2)
     model, _ = load(tmp_path, mx.float32)
     got = []
     def work(): got.append(np.array(model(mx.array([[1, 2, 3]]), model.make_cache())))

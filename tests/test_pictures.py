@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from xlstm_metal.blocks.slstm import sLSTMCell
+from xlstm_metal.blocks.slstm import sLSTMCell, trace_slstm
 from xlstm_metal.generation.memory_plots import horizon, plot_gates, plot_memory, plot_state_norms, plot_surprise
-from xlstm_metal.generation.memory_plots import record, slstm_shows, Trace, watch
+from xlstm_metal.generation.memory_plots import record, Trace, watch
 from xlstm_metal.generation.score import score
 from xlstm_metal.generation.state import State, batch
 from xlstm_metal.apps.playground import memories_html
 from xlstm_metal.model.checkpoint import load
 from xlstm_metal.numerics import soft_cap
-from xlstm_metal.model.wired import WiredModel
+from xlstm_metal.model.model import Model
 from xlstm_metal.wiring.wiring import Neuron, xLSTMWiring
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -91,7 +91,7 @@ def test_gates_of_an_slstm_by_its_definition():
     cell.recurrent_kernel = .5 * mx.random.normal(cell.recurrent_kernel.shape)
     x = mx.random.normal((B, NH, S, 4, DH))
     _, state = cell(mx.random.normal((B, NH, 4, 4, DH)))
-    i, log_f, memory, read = (np.array(a) for a in slstm_shows(cell, (x, state, None), cell(x, state)))
+    i, log_f, memory, read = map(np.array, trace_slstm(cell, x, state).values())
 
     X, R, b = (np.array(a, np.float64) for a in (x, cell.recurrent_kernel.reshape(NH, 4, DH, DH), cell.bias.reshape(4, NH, DH).swapaxes(0, 1)))
     y, c, n, m = (np.array(a, np.float64) for a in state)
@@ -109,7 +109,7 @@ def test_a_block_that_is_used_twice():
     "A wiring in which two neurons share the weights of one block: each has its own record."
     model, _ = load(FIXTURES / "hf_tiny", mx.float32)
     ids = mx.array([[3, 1, 4, 1, 5, 9]])
-    size = model.wiring.neurons[0].size
+    size = model.wiring.neurons[0].dims
     model.wiring = xLSTMWiring([Neuron("mlstm", w, size) for w in (0, 1, 0)])
     trace = record(model, None, ids)
     assert len(trace["input"]) == 3 and not np.allclose(trace["input"][0], trace["input"][2])
@@ -117,7 +117,7 @@ def test_a_block_that_is_used_twice():
     for w in (0, 1, 0):
         seen.append(model.layers[w].mlstm_layer.igate_preact(model.layers[w].norm_mlstm(x)))
         x, _ = model.layers[w](x)
-    for ours, want in zip(trace["input"], seen): assert np.abs(ours - np.array(soft_cap(want, model.args.gate_soft_cap).swapaxes(1, 2))).max() < 1e-5
+    for ours, want in zip(trace["input"], seen): assert np.abs(ours - np.array(soft_cap(want, model.layers[0].mlstm_layer.gate_soft_cap).swapaxes(1, 2))).max() < 1e-5
 
 
 def test_pictures_show_the_numbers(case):
@@ -134,7 +134,7 @@ def test_pictures_show_the_numbers(case):
     for j, memory in enumerate(trace["memory"]): assert np.abs(C[:memory.shape[1], j] - memory[0, :, -1]).max() < 1e-4
     both = plot_state_norms(batch([State(model).read([1]), state]), row=1).axes[0].images[0].get_array()
     assert np.allclose(both, C, equal_nan=True)
-    with pytest.raises(ValueError, match="read nothing"): plot_state_norms(State(model))
+    with pytest.raises(ValueError, match="cannot plot an empty state"): plot_state_norms(State(model))
     matplotlib.pyplot.close("all")
 
 
@@ -158,11 +158,11 @@ def test_wirings_of_any_kind():
     neurons = [Neuron(kind, j, 16, {}, "gated") for j, kind in enumerate(("conv", "mlstm", "slstm", "attention"))]
     wiring = xLSTMWiring(neurons)
     wiring.add_synapse(2, 1, -1, delay=1)
-    model = WiredModel(wiring, 40).eval()
+    model = Model(wiring, 40).eval()
     ids = mx.random.randint(0, 40, (2, 9))
     before = model(ids)
     with watch(model) as trace: assert mx.array_equal(model(ids), before)
-    assert trace.at == [1, 2] and len(trace) == 9
+    assert trace.indices == [1, 2] and len(trace) == 9
     assert [a.shape for a in trace["memory"]] == [(2, 4, 9)] * 2 and np.ptp(trace["memory"][0], axis=-1).min() > 0
     names = lambda ticks: [t.get_text() for t in ticks]
     for fig in (plot_gates(trace), plot_memory(trace)): assert names(fig.axes[0].get_yticklabels()) == ["mlstm 1", "slstm 2"]
@@ -172,11 +172,11 @@ def test_wirings_of_any_kind():
 
 
 def test_models_without_a_cell_say_so():
-    model = WiredModel(xLSTMWiring([Neuron("attention", 0, 16), Neuron("conv", 1, 16)]), 40).eval()
+    model = Model(xLSTMWiring([Neuron("attention", 0, 16), Neuron("conv", 1, 16)]), 40).eval()
     trace, state = record(model, None, [1, 2, 3]), State(model).read([1, 2, 3])
     assert len(trace) == 0 and "no mLSTM and no sLSTM" in memories_html(trace)
     for draw in (lambda: plot_gates(trace), lambda: plot_memory(trace), lambda: plot_state_norms(state)):
-        with pytest.raises(ValueError, match="this model has no mLSTM and no sLSTM"): draw()
+        with pytest.raises(ValueError, match="cannot plot a model without mLSTM and sLSTM blocks"): draw()
 
 
 def test_nothing_recorded_and_states_of_others():

@@ -13,12 +13,11 @@ import pytest
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 
-from xlstm_metal.cells.mlstm_chunk_gradients import mlstm_chunkwise_dispatch
-from xlstm_metal.cells.mlstm_chunks import mlstm_chunkwise
-from xlstm_metal.cells.mlstm import mlstm_parallel, mlstm_recurrent
+from xlstm_metal.cells import mlstm_chunkwise, mlstm_chunkwise_plain, mlstm_parallel, mlstm_recurrent, mlstm_recurrent_plain
 from xlstm_metal.generation.generate import Sampling, tokens
 from xlstm_metal.generation.state import State
-from xlstm_metal.model.checkpoint import load, read_json
+from xlstm_metal.model.checkpoint import load
+from xlstm_metal.files import read_json
 from xlstm_metal.train.train import lm_loss
 
 HERE = Path(__file__).parent / "fixtures"
@@ -75,19 +74,20 @@ def test_loss_and_gradients(case):
 
 
 # A cell in float64, with an initial state, a padding mask, and gradients of everything.
-FORMS = {"recurrent": mlstm_recurrent, "parallel": mlstm_parallel} | {f"chunk {L}": partial(mlstm_chunkwise, chunk_size=L) for L in (1, 3, 16, 64, 128)}
+FORMS = {"recurrent": mlstm_recurrent_plain, "parallel": mlstm_parallel} | {f"chunk {L}": partial(mlstm_chunkwise_plain, chunk_size=L) for L in (1, 3, 16, 64, 128)}
 
 
-def on_the_host(*args):
-    "The kernels, run by the CPU from their Metal text."
-    before = os.environ.get("XLSTM_METAL_KERNELS")
-    os.environ["XLSTM_METAL_KERNELS"] = "host"
-    try:
-        return mlstm_chunkwise_dispatch(*args) # a kernel on the host runs at once
-    finally: os.environ.pop("XLSTM_METAL_KERNELS") if before is None else os.environ.update(XLSTM_METAL_KERNELS=before)
+def on_the_host(form):
+    "A form by its kernels, run by the CPU from their Metal text."
+    def run(*args):
+        before = os.environ.get("XLSTM_METAL_KERNELS")
+        os.environ["XLSTM_METAL_KERNELS"] = "host"
+        try: return form(*args) # a kernel on the host runs at once
+        finally: os.environ.pop("XLSTM_METAL_KERNELS") if before is None else os.environ.update(XLSTM_METAL_KERNELS=before)
+    return run
 
 
-FORMS["kernels"] = on_the_host
+FORMS |= {"recurrent kernel": on_the_host(mlstm_recurrent), "chunk kernels": on_the_host(mlstm_chunkwise)}
 
 
 @pytest.fixture(scope="module")

@@ -78,13 +78,13 @@ def single(folder):
     return answers
 
 
-def test_64_streams_at_once_equal_single_runs(server, single):
+def test_64_concurrent_streams_equal_single_runs(server, single):
     with ThreadPoolExecutor(64) as pool: together = list(pool.map(server.stream, PROMPTS))
     # mlx-lm's detokenizer leaves out the space at the very start of a text
     assert [t.strip() for t in together] == [t.strip() for t in single]
 
 
-def test_company_leaves_and_fails(server, single):
+def test_answers_do_not_depend_on_other_clients(server, single):
     "Answers stay the same while others leave midway, or send what cannot be served."
     def leave(n):
         c = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
@@ -100,7 +100,7 @@ def test_company_leaves_and_fails(server, single):
     assert server.health() == 200
 
 
-def test_nobody_is_served_after_they_left(server):
+def test_generation_stops_when_the_client_disconnects(server):
     if not os.path.exists("/proc/self/stat"): pytest.skip("processor times are read from /proc")
     def busy():
         fields = open(f"/proc/{server.process.pid}/stat").read().split()
@@ -117,7 +117,7 @@ def test_nobody_is_served_after_they_left(server):
         assert busy() - before < .35, stream
 
 
-def test_growing_conversations_read_what_is_new(server):
+def test_conversations_reuse_the_prompt_cache(server):
     messages, read = [], []
     for turn in range(4):
         messages.append(dict(role="user", content=f"please write the function number {turn} of this module"))
@@ -128,16 +128,19 @@ def test_growing_conversations_read_what_is_new(server):
     assert max(read[1:]) < read[0] + 25 and r.usage.prompt_tokens > 3 * max(read), (read, r.usage)
 
 
-def test_a_prompt_that_was_read_to_its_last_token(server):
+def test_prompt_that_is_completely_cached(server):
     first = server.write("def walk(top):\n    for name in ", 8)
     text = "def walk(top):\n    for name in "
     for prompt in (text, text[:-1], text + first.choices[0].text, text): assert server.write(prompt, 4).usage.completion_tokens > 0
     assert server.health() == 200
 
 
+def nested(levels): return b'{"prompt": "x", "max_tokens": 1, "metadata": ' + b"[" * levels + b"]" * levels + b"}"
+def label(value): return value if isinstance(value, str) else str(value)[:70] if value is not None else "completions"
 fine, chat = dict(prompt="x", max_tokens=1), "/v1/chat/completions"
 @pytest.mark.parametrize("status, body, path", [
-    (400, b"", None), (400, b"{", None), (400, b"\xff\xfe{}", None), (400, b"[" * 100_000, None), (400, [1], None), (400, {}, None), (400, b'{"prompt": "x", "temperature": NaN}', None),
+    (400, b"", None), (400, b"{", None), (400, b"\xff\xfe{}", None), (400, b"[" * 100_000, None), (400, nested(100), None), (200, nested(99), None),
+    (400, [1], None), (400, {}, None), (400, b'{"prompt": "x", "temperature": NaN}', None),
     (400, dict(prompt=""), None), (400, dict(prompt=["a", "b"]), None), (400, dict(prompt=[1, 2]), None), (400, dict(prompt=None), None),
     (400, fine | dict(stop=5), None), (400, fine | dict(stop=[1]), None), (400, fine | dict(stop=[""]), None),
     (400, fine | dict(logit_bias={"99999999": 1}), None), (400, fine | dict(logit_bias={"x": 1}), None), (400, fine | dict(logit_bias=[1]), None),
@@ -156,15 +159,22 @@ fine, chat = dict(prompt="x", max_tokens=1), "/v1/chat/completions"
     (400, dict(messages=[dict(role="user", content=[dict(type="image_url", image_url=dict(url="http://127.0.0.1:1/x.png"))])]), chat),
     (200, fine, None), (200, fine | dict(model="copy"), None), (200, fine | dict(top_k=4095, temperature=1.), None), (200, fine | dict(seed=1), None),
     (200, fine | dict(stream=True, stream_options={}), None), (200, dict(messages=[dict(role="user", content=[dict(type="text", text="hi")])], max_tokens=1), chat),
-])
-def test_requests_one_by_one(server, status, body, path):
+], ids=label)
+def test_status_of_requests(server, status, body, path):
     got, said = server.post(body, path or "/v1/completions")
     assert got == status, said
     if status != 200: assert json.loads(said)["error"]
     assert server.health() == 200
 
 
-def test_lengths(server):
+def test_deeply_nested_bodies(server):
+    "Whatever the depth, at the limit of Python's stack too, there is an answer and no traceback."
+    for levels in (101, 500, *range(940, 1000), 5000):
+        status, said = server.post(nested(levels))
+        assert status == 400 and json.loads(said)["error"]["message"] == "the request body is nested deeper than 100 levels", levels
+
+
+def test_content_length(server):
     def ask(head, body=b"{}"):
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as s:
             s.sendall(b"POST /v1/completions HTTP/1.1\r\n" + head + b"\r\n\r\n" + body)
@@ -175,27 +185,30 @@ def test_lengths(server):
     assert len(big) < 32 << 20 and server.post(b" " * (33 << 20))[0] == 413
 
 
-def test_the_client_is_told_what_is_wrong(server):
+def test_errors_shown_by_the_client(server):
     with pytest.raises(APIStatusError) as e: server.client.completions.create(model="gpt-9", prompt="x")
     assert e.value.status_code == 404 and "there is no model 'gpt-9' here: this server has copy" in str(e.value)
+    for wrong, says in (dict(logprobs=3), "logprobs must be of type bool"), (dict(n=3), "n must be 1"), (dict(max_tokens=0), "max_tokens must be at least 1"):
+        with pytest.raises(APIStatusError) as e: server.client.completions.create(model="copy", prompt="x", **wrong)
+        assert e.value.status_code == 400 and says in str(e.value)
     assert [m.id for m in server.client.models.list()] == ["copy"] == [server.client.models.retrieve("copy").id]
     with pytest.raises(APIStatusError) as e: server.client.models.retrieve("gpt-9")
     assert e.value.status_code == 404
 
 
-def test_parts_of_a_message_are_its_text(server):
+def test_message_parts_are_joined(server):
     def ask(content): return server.client.chat.completions.create(model="copy", messages=[dict(role="user", content=content)], max_tokens=8, temperature=0)
     whole, parts = ask("write a class"), ask([dict(type="text", text="write "), dict(type="text", text="a class")])
     assert parts.usage.prompt_tokens == whole.usage.prompt_tokens and parts.choices[0].message.content == whole.choices[0].message.content
 
 
-def test_ends(folder, tmp_path, server):
+def test_server_ends(folder, tmp_path, server):
     "Nothing waits for ever: a taken port, a model that is none, and Ctrl-C while somebody is served."
     def run(*argv): return subprocess.run([sys.executable, "-m", "xlstm_metal", "mlx", "server", *map(str, argv)], capture_output=True, text=True,
                                           env=os.environ | dict(HF_HUB_OFFLINE="1"), timeout=60)
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     for argv, reason in ((("--model", folder, "--port", server.port), "in use"),
-                         (("--model", tmp_path, "--port", 0), "the thread that answers has ended")):
+                         (("--model", tmp_path, "--port", 0), "the generation thread has ended")):
         r = run(*argv)
         assert r.returncode == 2 and reason in r.stderr.splitlines()[-1], r.stderr
     running = Running("--model", folder)
@@ -210,27 +223,28 @@ def test_ends(folder, tmp_path, server):
     assert running.process.returncode == 0 and "Traceback" not in said, said
 
 
-def test_more_connections_than_select_takes():
+def test_more_connections_than_select_supports():
     import fcntl, resource, types
-    from xlstm_metal.apps.server import Watched
+    from xlstm_metal.apps.server import CancelOnDisconnect
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= soft < 2000: resource.setrlimit(resource.RLIMIT_NOFILE, (2000, hard))
     here, there = socket.socketpair()
-    watched = Watched(types.SimpleNamespace(_stop=False), socket.socket(fileno=fcntl.fcntl(here.fileno(), fcntl.F_DUPFD, 1500)))
-    watched.look()
+    watcher = CancelOnDisconnect(types.SimpleNamespace(_stop=False), socket.socket(fileno=fcntl.fcntl(here.fileno(), fcntl.F_DUPFD, 1500)))
+    watcher.check()
     there.close()
-    with pytest.raises(ConnectionAbortedError): watched.look()
+    with pytest.raises(ConnectionAbortedError): watcher.check()
 
 
-def test_a_stack_is_served_too(tmp_path):
+def test_serving_a_stack(tmp_path):
     import shutil
     from mlx.utils import tree_flatten
-    from xlstm_metal.model.checkpoint import bundled
-    from xlstm_metal.model.stack import parse_stack_config, xLSTMLMModel
+    from xlstm_metal.files import bundled
+    from xlstm_metal.model.config import xLSTMConfig
+    from xlstm_metal.model.model import Model
     cell = dict(num_heads=2)
     d = dict(model_type="xlstm", embedding_dim=32, num_blocks=2, vocab_size=4096, slstm_at=[1], bos_token_id=0, mlstm_block=dict(mlstm=cell), slstm_block=dict(slstm=cell, feedforward={}))
     mx.random.seed(0)
-    mx.save_safetensors(str(tmp_path / "model.safetensors"), dict(tree_flatten(xLSTMLMModel(parse_stack_config(d)).parameters())))
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), dict(tree_flatten(Model(xLSTMConfig.from_dict(d)).parameters())))
     (tmp_path / "config.json").write_text(json.dumps(d))
     for f in bundled.glob("tokenizer*"): shutil.copy(f, tmp_path)
     running = Running("--model", tmp_path)

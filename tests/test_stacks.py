@@ -17,14 +17,16 @@ from safetensors.numpy import load_file, save_file
 from xlstm_metal import metal
 from xlstm_metal.generation.generate import Sampling, tokens
 from xlstm_metal.generation.state import State
-from xlstm_metal.model.checkpoint import CheckpointError, info, load, read_json
-from xlstm_metal.model.stack import is_stack, xLSTMLMModel
+from xlstm_metal.files import CheckpointError, read_json
+from xlstm_metal.model.checkpoint import info, load
+from xlstm_metal.model.config import StackLayout
+from xlstm_metal.model.config import StackLayout
 from xlstm_metal.train.train import lm_loss
 
 HERE = Path(__file__).parent / "fixtures"
 MORE = Path(os.environ.get("XLSTM_METAL_FIXTURES", HERE))
 FOLDERS = sorted({f.parent for root in (HERE, MORE) for f in root.resolve().rglob("reference.safetensors")
-                  if is_stack(read_json(f.parent / "config.json"))})
+                  if StackLayout().detect(read_json(f.parent / "config.json"))})
 TINY = HERE / "stack_tiny"
 
 
@@ -41,10 +43,10 @@ def case(request): return read(request.param)
 def on_the_host(monkeypatch):
     "Kernels run by the CPU from their Metal text; none may fall back to its plain form unseen."
     monkeypatch.setenv("XLSTM_METAL_KERNELS", "host")
-    metal.ran.clear()
+    metal.launch_counts.clear()
     yield
-    assert {where for _, where in metal.ran} == {"host"}
-    assert {"causal_conv1d", "slstm_sequence"} < {name for name, _ in metal.ran}
+    assert {where for _, where in metal.launch_counts} == {"host"}
+    assert {"causal_conv1d", "slstm_sequence"} < {name for name, _ in metal.launch_counts}
 
 
 def as_stored(slot):
@@ -164,7 +166,7 @@ def test_cuda_layout_is_the_same_model(rewritten, files):
             part = {name: a for name, a in tensors.items() if name.endswith("_bias_") is bias}
             save_file(part, folder / f"model-{n + 1:05d}-of-00002.safetensors")
     model, _ = load(folder, mx.float32)
-    assert isinstance(model, xLSTMLMModel)
+    assert model.args.layout.name == "stack"
     assert mx.abs(model(ref["input_ids"]) - ref["logits"]).max() < 1e-4
 
 
@@ -176,7 +178,7 @@ def test_kernel_of_neither_layout(rewritten):
 
 def test_block_map_that_disagrees_with_the_tensors(rewritten):
     message = refusal(rewritten(_block_map="0,1,0", slstm_at=[1]))
-    assert message.startswith("config.json says block_map (0, 1, 0), but ") and "makes it (1, 0, 1)" in message
+    assert message.startswith("config.json says block 0 is of kind mlstm, but ") and "makes it slstm" in message
 
 
 def test_block_map_that_disagrees_with_slstm_at(rewritten):

@@ -14,7 +14,15 @@ def soft_cap(
     x: mx.array, # any shape
     cap: float | None, # the bound, in the units of `x`; None leaves `x` alone
 ) -> mx.array: # float32, as `x` in shape
-    "Squeeze `x` smoothly into (-cap, cap) (xLSTM 7B, arXiv 2503.13427, section 3)."
+    """Squeeze `x` smoothly into (-cap, cap) (xLSTM 7B, arXiv 2503.13427, section 3).
+
+    Args:
+        x: any shape
+        cap: the bound, in the units of `x`; None leaves `x` alone
+
+    Returns:
+        float32, as `x` in shape
+    """
     x = x.astype(mx.float32)
     return x if cap is None else cap * mx.tanh(x / cap)
 
@@ -22,7 +30,14 @@ def soft_cap(
 def log_sigmoid(
     x: mx.array, # any shape
 ) -> mx.array: # float32, as `x` in shape, never positive
-    "The logarithm of the sigmoid, to float32 accuracy over the whole range."
+    """The logarithm of the sigmoid, to float32 accuracy over the whole range.
+
+    Args:
+        x: any shape
+
+    Returns:
+        float32, as `x` in shape, never positive
+    """
     return nn.log_sigmoid(x.astype(mx.float32))
 
 # %% ../nbs/00_numerics.ipynb #86121938
@@ -31,6 +46,15 @@ def exp_gates(
     log_f: mx.array, # logarithm of the forget gate, as `i`
     m: mx.array, # stabiliser of the step before, as `i`; 0 at the start
 ) -> tuple[mx.array, mx.array, mx.array]: # factors I and F, both in [0, 1], and the new m
-    "Stabilised exponential gates of one step (xLSTM, arXiv 2405.04517, eq. 15-17)."
+    """Stabilised exponential gates of one step (xLSTM, arXiv 2405.04517, eq. 15-17).
+
+    Args:
+        i: input gate preactivation, any shape
+        log_f: logarithm of the forget gate, as `i`
+        m: stabiliser of the step before, as `i`; 0 at the start
+
+    Returns:
+        factors I and F, both in [0, 1], and the new m
+    """
     m_new = mx.maximum(log_f + m, i)
     return mx.exp(i - m_new), mx.exp(log_f + m - m_new), m_new

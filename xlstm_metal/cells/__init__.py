@@ -1,11 +1,22 @@
 """What computes: cells as functions of arrays, their definitions and their kernels."""
 from importlib import import_module as _import_module
 
-_home = {"empty_state": "mlstm", "mlstm_step": "mlstm", "mlstm_recurrent": "mlstm", "mlstm_parallel": "mlstm",
-         "mlstm_chunkwise": "mlstm_chunks", "slstm_step": "slstm", "slstm_sequence": "slstm", "causal_conv1d": "conv"}
+_home = {
+    "empty_state": "mlstm", "mlstm_parallel": "mlstm",
+    "mlstm_step": "mlstm_step_kernel", "mlstm_step_plain": "mlstm",
+    "mlstm_recurrent": "mlstm_chunk_kernels", "mlstm_recurrent_plain": "mlstm",
+    "mlstm_chunkwise": "mlstm_chunk_gradients", "mlstm_chunkwise_plain": "mlstm_chunks",
+    "empty_slstm_state": "slstm", "slstm_step": "slstm", "slstm_step_plain": "slstm",
+    "slstm_sequence": "slstm", "slstm_sequence_plain": "slstm",
+    "causal_conv1d": "conv", "causal_conv1d_plain": "conv",
+    "head_norm_gate": "norms", "head_norm_gate_plain": "norms",
+}
 __all__ = list(_home)
 
 
 def __getattr__(name):
     if name not in _home: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(_import_module(f"{__name__}.{_home[name]}"), name)
+
+
+def __dir__(): return sorted({*globals(), *__all__})
