@@ -360,10 +360,10 @@ def find_layout(settings: dict) -> Layout: # settings: of a checkpoint
     Args:
         settings: of a checkpoint
     """
+    if (kind := settings.get("model_type") or "xlstm") not in ("xlstm", "xlstm_large"):
+        raise ValueError(f"model_type {kind!r} is not an xLSTM: expected 'xlstm'")
     for layout in layouts:
         if layout.detect(settings): return layout
-    if (kind := settings.get("model_type", "xlstm")) not in ("xlstm", "xlstm_large"):
-        raise ValueError(f"model_type {kind!r} is not an xLSTM: expected 'xlstm'")
     raise ValueError(f"settings of no known layout: they have {', '.join(sorted(settings)[:4]) or 'no keys'}")
 
 def from_dict(

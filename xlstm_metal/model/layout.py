@@ -207,10 +207,10 @@ def complete(n: Neuron) -> BlockSpec: # n: or anything with kind, dims and kwarg
     """
     return make_block(n).spec
 
-def same_blocks(a: list[Neuron], b: list[Neuron]) -> bool: # a: in the order of their weights
+def same_blocks(a: list[Neuron], b: list[Neuron]) -> bool: # a, b: in the order of their weights
     """Whether two lists describe the same blocks.
 
     Args:
-        a: in the order of their weights
+        a, b: in the order of their weights
     """
     return len(a) == len(b) and all(x == y or complete(x) == complete(y) for x, y in zip(a, b))
