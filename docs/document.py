@@ -2,7 +2,9 @@
 
 Notebooks document a signature as nbdev reads it: `x: mx.array, # (B, S, D)` an argument, or several on one line;
 `) -> tuple: # h, new state` what is returned. In a signature of one line the comment is about what is returned, or where
-no type is given the last argument, unless it says otherwise: `# x: (B, S); w: (V, D)`, `# (B, S) -> (B, S, V)`, `# as for Model`.
+no type is given the last argument, unless it says otherwise: `# x: (B, S); w: (V, D)`, `# (B, S) -> (B, S, V)`. Behind a whole
+signature, "as for `f`" copies what `f` says of the same arguments, and "as for `Class`" what its method of the same name says;
+behind a semicolon stands what is different: "as for `f`; y: (B, S)".
 """
 import ast, re
 from io import StringIO
@@ -39,17 +41,27 @@ def described(names, text):
         else: return [(names, text)]
     return docs
 
+def referred(names, method, text, known):
+    "Arguments and result as for another function, and what a comment says otherwise"
+    target, _, rest = text.removeprefix('as for ').partition('; ')
+    docs, result = known.get(f'{target.strip("`")}.{method}') or known.get(target.strip('`')) or ([], '')
+    own = described(names, rest) if rest else []
+    if len(own) == 1 and own[0] == (names, rest): own, result = [], rest # about what is returned
+    said = {n: text for group, text in [*docs, *own] for n in group}
+    rest = [n for n in names if n not in said]
+    return [([n], said[n]) for n in names if n in said] + [(rest, text)] * bool(rest), result
+
 def one_line(names, text, returns):
     "Arguments and result from the comment of a signature that is one line"
-    if text.startswith('as for '): return [(names, text)], ''
     if (docs := described(names, text)) != [(names, text)]: return docs, ''
     if names and (m := re.match(r'(?:(\w+) )?(\(.*) -> (.*)', text)):
         return [([m[1]] if m[1] in names else names[:1], m[2])], m[3]
     return ([], text) if returns or not names or text.startswith('yields ') else ([(names[-1:], text)], '')
 
-def signature(node, end, comments):
+def signature(node, end, comments, known={}):
     "What comments say of the arguments of a function, and of what it returns"
     args, last = arguments(node), comments.get(end, '') if node.body[0].lineno > end else '' # not about the body
+    if last.startswith('as for ') and args: return referred([n for _, n in args], node.name, last, known)
     if node.lineno == end: return one_line([n for _, n in args], last, node.returns) if last else ([], '')
     docs, names = [], []
     for line in range(node.lineno, end):
@@ -80,22 +92,35 @@ def docstring(lines, node, at, below):
         start, stop, body = line - 1, first.end_lineno if has else line, [] if has else [pad + lines[line - 1][column:].strip()]
     return lines[:start] + new + body + lines[stop:]
 
-def document(source):
-    "The text of a module, with longer docstrings for what is public in it"
-    tree, lines = ast.parse(source), source.split('\n')
+def parse(source):
+    "Tree, tokens, and line -> comment"
     tokens = list(generate_tokens(StringIO(source).readline))
-    comments = {t.start[0]: t.string.lstrip('# ') for t in tokens if t.type == COMMENT}
-    todo = []
+    return ast.parse(source), tokens, {t.start[0]: t.string.lstrip('# ') for t in tokens if t.type == COMMENT}
+
+def collect(*sources):
+    "What modules say of the arguments and results of functions, methods, and of classes, which stand for their constructors"
+    known = {}
+    for tree, tokens, comments in map(parse, sources):
+        for node in tree.body:
+            for o in node.body if isinstance(node, ast.ClassDef) else [node]:
+                if isinstance(o, Function):
+                    name = o.name if o is node else node.name if o.name == '__init__' else f'{node.name}.{o.name}'
+                    known[name] = signature(o, colon(tokens, o)[0], comments)
+    return known
+
+def document(source, known={}):
+    "The text of a module, with longer docstrings for what is public in it"
+    (tree, tokens, comments), lines, todo = parse(source), source.split('\n'), []
     def visit(body):
         for node in body:
             if not isinstance(node, Function | ast.ClassDef) or private(node.name): continue
             docs, fields, result = [], [], ''
             if isinstance(node, ast.ClassDef):
                 for o in node.body:
-                    if isinstance(o, Function) and o.name == '__init__': docs = signature(o, colon(tokens, o)[0], comments)[0]
+                    if isinstance(o, Function) and o.name == '__init__': docs = signature(o, colon(tokens, o)[0], comments, known)[0]
                     if isinstance(o, ast.AnnAssign) and (c := comments.get(o.end_lineno)): fields.append(([o.target.id], c))
                 visit(node.body)
-            else: docs, result = signature(node, colon(tokens, node)[0], comments)
+            else: docs, result = signature(node, colon(tokens, node)[0], comments, known)
             plain = any('property' in ast.unparse(d) for d in node.decorator_list) or not (getattr(node, 'returns', None) or docs)
             if plain and result and not result.startswith('yields '): below = ['', result]
             else: below = sections(docs, fields, result)
@@ -106,8 +131,9 @@ def document(source):
     return '\n'.join(lines)
 
 def main():
-    for path in sorted(get_config().lib_path.rglob('*.py')):
-        if path.name in ('__init__.py', '__main__.py', '_modidx.py'): continue
-        path.write_text(document(path.read_text(encoding='utf-8')), encoding='utf-8')
+    paths = [p for p in sorted(get_config().lib_path.rglob('*.py')) if p.name not in ('__init__.py', '__main__.py', '_modidx.py')]
+    sources = {p: p.read_text(encoding='utf-8') for p in paths}
+    known = collect(*sources.values())
+    for p, source in sources.items(): p.write_text(document(source, known), encoding='utf-8')
 
 if __name__ == '__main__': main()

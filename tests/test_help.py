@@ -13,7 +13,7 @@ import mlx.nn as nn
 import xlstm_metal as xm
 
 ROOT = Path(__file__).parents[1]
-document = run_path(ROOT / "docs" / "document.py")["document"]
+document, collect = (run_path(ROOT / "docs" / "document.py")[name] for name in ("document", "collect"))
 MODULES = [m.name for m in pkgutil.walk_packages(xm.__path__, "xlstm_metal.") if not m.ispkg and m.name not in ("xlstm_metal.__main__", "xlstm_metal._modidx")]
 
 
@@ -96,11 +96,18 @@ def g(a, b): # a: one; b: two; three
 
 def h(a): # yields a
     yield a
+
+def i(a, b, c): # as for `g`; b: four
+    return a
+
+class Other(Cell):
+    def __call__(self, x): # as for `Cell`
+        return x
 '''
 
 
 def test_comments_become_docstrings():
-    text = document(SAMPLE)
+    text = document(SAMPLE, known := collect(SAMPLE))
     exec(text, space := {})
     Cell, f, g, h = (space[n] for n in ("Cell", "f", "g", "h"))
     assert inspect.getdoc(Cell) == "One \\d.\n\nArgs:\n    dims: D\n    sizes: several"
@@ -108,9 +115,13 @@ def test_comments_become_docstrings():
     assert inspect.getdoc(Cell.__call__) == "Run.\n\nArgs:\n    x: (B, S)\n\nReturns:\n    (B, D)"
     assert inspect.getdoc(f) == "Args:\n    q, k, *more: a \\d; k: b\n    **kwargs: as for `g`"
     assert inspect.getdoc(g) == "Args:\n    a: one\n    b: two; three" and inspect.getdoc(h) == "Yields:\n    a"
+    assert inspect.getdoc(space["i"]) == "Args:\n    a: one\n    b: four\n    c: as for `g`; b: four"
+    assert inspect.getdoc(space["Other"].__call__) == inspect.getdoc(Cell.__call__).removeprefix("Run.\n\n")
     comments = [re.findall("# .*", s) for s in (text, SAMPLE)]
-    assert comments[0] == comments[1] and document(text) == text
-    for name in MODULES: assert document(source := Path(find_spec(name).origin).read_text()) == source, f"{name}: run make export"
+    assert comments[0] == comments[1] and document(text, known) == text
+    sources = {name: Path(find_spec(name).origin).read_text() for name in MODULES}
+    known = collect(*sources.values())
+    for name, source in sources.items(): assert document(source, known) == source, f"{name}: run make export"
 
 
 def test_every_argument_is_documented():

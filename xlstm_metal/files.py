@@ -57,7 +57,11 @@ def hub_errors(path, revision): # as for `resolve`
     """The hub's many exceptions, as one sentence each.
 
     Args:
-        path, revision: as for `resolve`
+        path: folder, hub id, or None for the bundled model
+        revision: branch, tag or commit on the hub
+
+    Returns:
+        an existing folder
     """
     from huggingface_hub import errors as e
     try: yield

@@ -104,10 +104,15 @@ class ShortConv(nn.Module):
         self.in_proj, self.out_proj = nn.Linear(dims, 3 * dims, bias=False), nn.Linear(dims, dims, bias=False)
         self.conv = DepthwiseConvWeights(dims, kernel_size, bias=False)
 
-    def __call__(self, x, state=None, mask=None): # as for `Attention`; the state is the convolution's last inputs
+    def __call__(self, x, state=None, mask=None): # as for `Attention`; state: the last inputs of the convolution
         """
         Args:
-            x, state, mask: as for `Attention`; the state is the convolution's last inputs
+            x: (B, S, D)
+            state: the last inputs of the convolution
+            mask: (B, S) bool, False where a row is padded
+
+        Returns:
+            (B, S, D), new state
         """
         gate, out_gate, x = mx.split(self.in_proj(x), 3, axis=-1)
         y, last = causal_conv1d(gate * x, self.conv.weight, mx.zeros(x.shape[-1:]), state[0] if state else None, mask)

@@ -194,45 +194,46 @@ class mLSTMBlock(Block):
         v_dims: size of values, all heads together
         ffn_dims: size inside the feed-forward network, F
         norm_eps: of all norms
-        bias: biases in all maps and norms
+        bias: in all maps and norms
         gate_soft_cap: bound of the input and forget gate preactivations
         eps: of the read-out's denominator
         chunk_size: tokens per chunk
         act_fn: of the feed-forward network
     """
     state_size = 3 # C, n, m
-    def __init__(self,
-        dims: int, # size of the residual stream, D
-        num_heads: int, # NH
-        qk_dims: int, # size of queries and of keys, all heads together
-        v_dims: int, # size of values, all heads together
-        ffn_dims: int, # size inside the feed-forward network, F
-        norm_eps: float = 1e-6, # of all norms
-        bias: bool = False, # biases in all maps and norms
-        gate_soft_cap: float | None = 15., # bound of the input and forget gate preactivations
-        eps: float = 1e-6, # of the read-out's denominator
-        chunk_size: int = 64, # tokens per chunk
-        act_fn: str = "silu", # of the feed-forward network
-    ):
+    def __init__(
+        self, dims: int, num_heads: int, qk_dims: int, v_dims: int, ffn_dims: int, norm_eps: float = 1e-6, bias: bool = False,
+        gate_soft_cap: float | None = 15., eps: float = 1e-6, chunk_size: int = 64, act_fn: str = "silu"
+    ): # as for `mLSTMLayer`; ffn_dims: size inside the feed-forward network, F; norm_eps: of all norms; bias: in all maps and norms; act_fn: of the feed-forward network
         super().__init__()
         self.norm_mlstm = RMSNorm(dims, norm_eps, bias)
         self.mlstm_layer = mLSTMLayer(dims, num_heads, qk_dims, v_dims, gate_soft_cap, norm_eps, eps, chunk_size, bias)
         self.norm_ffn = RMSNorm(dims, norm_eps, bias)
         self.ffn = GatedFFN(dims, ffn_dims, bias, act_fn)
 
-    def __call__(self, x, state=None, mask=None): # as for the layer
+    def __call__(self, x, state=None, mask=None): # as for `mLSTMLayer`
         """
         Args:
-            x, state, mask: as for the layer
+            x: (B, S, D)
+            state: of the cell
+            mask: (B, S) bool, False leaves the state as it was
+
+        Returns:
+            (B, S, D), new state
         """
         h, state = self.mlstm_layer(self.norm_mlstm(x), state, mask)
         x = x + h
         return x + self.ffn(self.norm_ffn(x)), state
 
-    def trace(self, x, state=None, mask=None): # as for the layer
+    def trace(self, x, state=None, mask=None): # as for `Block`
         """
         Args:
-            x, state, mask: as for the layer
+            x: (B, S, D)
+            state: before the first token; None begins
+            mask: (B, S) bool
+
+        Returns:
+            name -> (B, NH, S) float32; None: nothing to show
         """
         layer = self.mlstm_layer
         return trace_mlstm(layer.cell, *layer.inputs(self.norm_mlstm(x)), state, mask)
@@ -380,33 +381,36 @@ class mLSTMPreUpBlock(Block):
         chunk_size: tokens per chunk
     """
     state_size = 4 # C, n, m, and the last inputs of the convolution
-    def __init__(self,
-        dims: int, # size of the residual stream, D
-        inner_dims: int, # size between the projections
-        num_heads: int, # NH
-        qkv_size: int = 4, # numbers in each map to queries, keys and values
-        kernel_size: int = 4, # taps of the convolution
-        bias: bool = False, # biases in all maps; the gates always have one
-        dropout: float = 0., # share of outputs left out in training
-        num_blocks: int = 1, # of the whole stack: the deeper, the smaller the last map begins
-        chunk_size: int = 64, # tokens per chunk
-    ):
+    def __init__(
+        self, dims: int, inner_dims: int, num_heads: int, qkv_size: int = 4, kernel_size: int = 4, bias: bool = False,
+        dropout: float = 0., num_blocks: int = 1, chunk_size: int = 64
+    ): # as for `mLSTMPreUpLayer`
         super().__init__()
         self.xlstm_norm = LayerNorm(dims)
         self.xlstm = mLSTMPreUpLayer(dims, inner_dims, num_heads, qkv_size, kernel_size, bias, dropout, num_blocks, chunk_size)
 
-    def __call__(self, x, state=None, mask=None): # as for the layer
+    def __call__(self, x, state=None, mask=None): # as for `mLSTMPreUpLayer`
         """
         Args:
-            x, state, mask: as for the layer
+            x: (B, S, D)
+            state: C, n, m of the cell, and the last inputs of the convolution
+            mask: (B, S) bool, False leaves the state as it was
+
+        Returns:
+            (B, S, D), new state
         """
         h, state = self.xlstm(self.xlstm_norm(x), state, mask)
         return x + h, state
 
-    def trace(self, x, state=None, mask=None): # as for the layer
+    def trace(self, x, state=None, mask=None): # as for `Block`
         """
         Args:
-            x, state, mask: as for the layer
+            x: (B, S, D)
+            state: before the first token; None begins
+            mask: (B, S) bool
+
+        Returns:
+            name -> (B, NH, S) float32; None: nothing to show
         """
         given, _, _ = self.xlstm.inputs(self.xlstm_norm(x), state[3] if state else None, mask)
         return trace_mlstm(self.xlstm.cell, *given, state[:3] if state else None, mask)

@@ -217,19 +217,29 @@ class sLSTMBlock(Block):
         "y, c, n, m, and the last inputs of the convolution"
         return 4 + ("conv1d" in self.xlstm)
 
-    def __call__(self, x, state=None, mask=None): # as for the layer
+    def __call__(self, x, state=None, mask=None): # as for `sLSTMLayer`
         """
         Args:
-            x, state, mask: as for the layer
+            x: (B, S, D)
+            state: y, c, n, m of the cell, and the last inputs of the convolution
+            mask: (B, S) bool, False leaves the state as it was
+
+        Returns:
+            (B, S, D), new state
         """
         h, state = self.xlstm(self.xlstm_norm(x), state, mask)
         x = x + h
         return x + self.ffn(self.ffn_norm(x)), state
 
-    def trace(self, x, state=None, mask=None): # as for the layer
+    def trace(self, x, state=None, mask=None): # as for `Block`
         """
         Args:
-            x, state, mask: as for the layer
+            x: (B, S, D)
+            state: before the first token; None begins
+            mask: (B, S) bool
+
+        Returns:
+            name -> (B, NH, S) float32; None: nothing to show
         """
         gates, _ = self.xlstm.inputs(self.xlstm_norm(x), state[-1] if state else None, mask)
         return trace_slstm(self.xlstm.slstm_cell, gates, state[:4] if state else None, mask)

@@ -96,13 +96,7 @@ def _conv_gradient(args, results, kept, cotangents):
 _unmasked = dispatch(conv_kernel, _unmasked_plain, _launch_conv, _conv_gradient, fits=lambda x, w, b, state: w.shape[-1] <= 16,
                      example=lambda: samples((2, 40, 5), (5, 1, 4), (5,), (2, 3, 5)))
 
-def causal_conv1d(
-    x: mx.array, # (B, S, C)
-    w: mx.array, # (C, 1, K), K >= 2, last tap newest, as PyTorch's depthwise Conv1d stores it
-    b: mx.array, # (C,)
-    state: mx.array | None = None, # the last K-1 inputs (B, K-1, C), newest last; None is zeros
-    mask: mx.array | None = None, # (B, S) bool, False leaves the state as it was
-) -> tuple[mx.array, mx.array]: # y (B, S, C) in the dtype of x, new state
+def causal_conv1d(x, w, b, state=None, mask=None) -> tuple[mx.array, mx.array]: # as for `causal_conv1d_plain`
     """Depthwise convolution that sees no later token. By kernel where kernels run; `causal_conv1d_plain` is the definition.
 
     Args:

@@ -187,16 +187,7 @@ def chunk_readout(
     return num / denominator(den, m[..., None], eps), m
 
 # %% ../../nbs/cells/11_mlstm.ipynb #a2026fcb
-def mlstm_parallel(
-    q: mx.array, # (B, NH, S, DQK)
-    k: mx.array, # (B, NH, S, DQK)
-    v: mx.array, # (B, NH, S, DV)
-    i: mx.array, # input gate preactivation (B, NH, S)
-    f: mx.array, # forget gate preactivation (B, NH, S)
-    state: tuple | None = None, # (C, n, m); None is the empty state
-    mask: mx.array | None = None, # (B, S) bool, True where there is a token
-    eps: float = 1e-6, # added to the denominator, after the max
-) -> tuple[mx.array, tuple]: # h (B, NH, S, DV) float32, state after the last token
+def mlstm_parallel(q, k, v, i, f, state=None, mask=None, eps: float = 1e-6) -> tuple: # as for `mlstm_recurrent_plain`
     """The mLSTM without a loop, a plain form without a kernel; memory grows with S squared (arXiv 2405.04517, appendix A.3).
 
     Args:

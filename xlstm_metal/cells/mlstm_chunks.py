@@ -43,16 +43,8 @@ def chunk_states(
 
 # %% ../../nbs/cells/12_mlstm_chunks.ipynb #15004602
 def mlstm_chunkwise_plain(
-    q: mx.array, # (B, NH, S, DQK)
-    k: mx.array, # (B, NH, S, DQK)
-    v: mx.array, # (B, NH, S, DV)
-    i: mx.array, # input gate preactivation (B, NH, S)
-    f: mx.array, # forget gate preactivation (B, NH, S)
-    state: tuple | None = None, # (C, n, m); None is the empty state
-    mask: mx.array | None = None, # (B, S) bool, True where there is a token
-    chunk_size: int = 64, # L, any positive size
-    eps: float = 1e-6, # added to the denominator, after the max
-) -> tuple[mx.array, tuple]: # h (B, NH, S, DV) float32, state after the last token
+    q, k, v, i, f, state=None, mask=None, chunk_size: int = 64, eps: float = 1e-6
+) -> tuple: # as for `mlstm_recurrent_plain`; chunk_size: L, any positive size
     """The mLSTM in chunks: for long inputs and for training (arXiv 2503.14376, section 3).
 
     Args:

@@ -165,7 +165,12 @@ def plot_memory(trace: Trace, texts: list[str] | None = None, row: int = 0): # a
     """How large each memory is, and how much is read from it, token by token. Raises `StateError` for an empty trace.
 
     Args:
-        trace, texts, row: as for `plot_gates`
+        trace: from `record` or `watch`
+        texts: of the tokens, as labels; for a few dozen
+        row: of a batch
+
+    Returns:
+        a matplotlib figure
     """
     from matplotlib.colors import LogNorm
     _check_trace(trace)

@@ -38,7 +38,12 @@ class xLSTMRunner:
         """A runner with a checkpoint's model and tokenizer. Raises `CheckpointError`.
 
         Args:
-            path, dtype, **kwargs: as for `load`
+            path: folder or hub id; None is the bundled model
+            dtype: float32, bfloat16, float16; None: bfloat16 on a GPU, float32 on a CPU
+            **kwargs: as for `load`
+
+        Returns:
+            model, tokenizer (None where the checkpoint has none)
         """
         return cls(*load(path, dtype, **kwargs))
 

@@ -115,6 +115,9 @@ class AutoWiring(xLSTMWiring):
 
         Args:
             **kwargs: as for `draw_graph`
+
+        Returns:
+            handles for `plt.legend`
         """
         return self.draw_graph(**kwargs)
 

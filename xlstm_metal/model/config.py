@@ -105,14 +105,14 @@ class LargeLayout(Layout):
     def detect(self, settings): # as for `Layout`
         """
         Args:
-            settings: as for `Layout`
+            settings: of a checkpoint
         """
         return bool({"hidden_size", "embedding_dim", "num_heads"} & settings.keys())
 
     def read(self, settings): # as for `Layout`
         """
         Args:
-            settings: as for `Layout`
+            settings: from config.json
         """
         s = read_large_settings(settings)
         kwargs = {k: s[k] for k in ("num_heads", "qk_dims", "v_dims", "ffn_dims", "norm_eps", "gate_soft_cap", "eps", "chunk_size")}
@@ -123,7 +123,10 @@ class LargeLayout(Layout):
     def write(self, config): # as for `Layout`
         """
         Args:
-            config: as for `Layout`
+            config: of the model
+
+        Returns:
+            plain JSON that `read` understands
         """
         stated = {k: v for k, v in config.settings.items() if k not in ("wiring", "weight_mode")}
         sizes = {"num_hidden_layers": len(config.blocks), "num_blocks": len(config.blocks), "hidden_size": config.hidden_size, "embedding_dim": config.hidden_size}
@@ -135,7 +138,11 @@ class LargeLayout(Layout):
     def rename(self, model, weights): # as for `Layout`
         """
         Args:
-            model, weights: as for `Layout`
+            model: which may get parts that are stored although the settings do not ask for them
+            weights: name -> array, all of a checkpoint or one file of it
+
+        Returns:
+            with the names and shapes of the model
         """
         joined = any(f".{whole}." in n for n in weights for whole in fused)
         out, shapes = {}, shapes_of(model) if joined else {}
@@ -148,7 +155,9 @@ class LargeLayout(Layout):
     def to_upstream(self, weights, config, recurrent="vanilla"): # as for `Layout`
         """
         Args:
-            weights, config, recurrent: as for `Layout`
+            weights: with the names in memory
+            config: of the model
+            recurrent: or "cuda": how recurrent kernels are stored
         """
         if config.wiring or not same_blocks(self.read(self.write(config)).blocks, config.blocks): return super().to_upstream(weights, config)
         return {"embedding.weight" if n == "backbone.embeddings.weight" else n: w for n, w in weights.items()}
@@ -297,14 +306,14 @@ class StackLayout(Layout):
     def detect(self, settings): # as for `Layout`
         """
         Args:
-            settings: as for `Layout`
+            settings: of a checkpoint
         """
         return any(key in settings for key in ("mlstm_block", "slstm_block", "_block_map", "slstm_at"))
 
     def read(self, settings): # as for `Layout`
         """
         Args:
-            settings: as for `Layout`
+            settings: from config.json
         """
         d, D, order = settings, _integer(settings, "embedding_dim", 128), read_block_map(settings)
         vocab_size = _integer(d, "vocab_size") if d.get("vocab_size", -1) not in (-1, None) else None
@@ -319,7 +328,10 @@ class StackLayout(Layout):
     def write(self, config): # as for `Layout`
         """
         Args:
-            config: as for `Layout`
+            config: of the model
+
+        Returns:
+            plain JSON that `read` understands
         """
         d = {k: v for k, v in config.settings.items() if k != "wiring"} | {"model_type": "xlstm"}
         d |= {k: v for k in common if k not in ("vocab_size", "tie_word_embeddings") and (v := getattr(config, k)) not in (None, getattr(xLSTMConfig, k, None))}
@@ -329,7 +341,11 @@ class StackLayout(Layout):
     def rename(self, model, weights): # as for `Layout`
         """
         Args:
-            model, weights: as for `Layout`
+            model: which may get parts that are stored although the settings do not ask for them
+            weights: name -> array, all of a checkpoint or one file of it
+
+        Returns:
+            with the names and shapes of the model
         """
         out = rename_recurrent(weights, getattr(model, "_kernel_shapes", {}))
         if model.args.tie_word_embeddings: out.pop("lm_head.weight", None) # upstream stores it a second time
@@ -338,7 +354,9 @@ class StackLayout(Layout):
     def to_upstream(self, weights, config, recurrent="vanilla"): # as for `Layout`
         """
         Args:
-            weights, config, recurrent: as for `Layout`
+            weights: with the names in memory
+            config: of the model
+            recurrent: or "cuda": how recurrent kernels are stored
         """
         if config.wiring: return super().to_upstream(weights, config)
         out = {}
