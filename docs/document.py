@@ -2,9 +2,9 @@
 
 Notebooks document a signature as nbdev reads it: `x: mx.array, # (B, S, D)` an argument, or several on one line;
 `) -> tuple: # h, new state` what is returned. In a signature of one line the comment is about what is returned, or where
-no type is given the last argument, unless it says otherwise: `# x: (B, S); w: (V, D)`, `# (B, S) -> (B, S, V)`. Behind a whole
-signature, "as for `f`" copies what `f` says of the same arguments, and "as for `Class`" what its method of the same name says;
-behind a semicolon stands what is different: "as for `f`; y: (B, S)".
+no type is given the last argument, unless it says otherwise: `# x: (B, S); w: (V, D)`, `# (B, S) -> (B, S, V)`,
+`# x: (B, S); returns (B, S, V)`. Behind a whole signature, "as for `f`" copies what `f` says of the same arguments, and
+"as for `Class`" what its method of the same name says; what is different follows: "as for `f`; y: (B, S)".
 """
 import ast, re
 from io import StringIO
@@ -53,7 +53,9 @@ def referred(names, method, text, known):
 
 def one_line(names, text, returns):
     "Arguments and result from the comment of a signature that is one line"
-    if (docs := described(names, text)) != [(names, text)]: return docs, ''
+    text, verb, result = re.match('(.*?)(?:; (returns|yields) (.*))?$', text).groups('')
+    if verb == 'yields': result = f'yields {result}'
+    if (docs := described(names, text)) != [(names, text)]: return docs, result
     if names and (m := re.match(r'(?:(\w+) )?(\(.*) -> (.*)', text)):
         return [([m[1]] if m[1] in names else names[:1], m[2])], m[3]
     return ([], text) if returns or not names or text.startswith('yields ') else ([(names[-1:], text)], '')

@@ -133,16 +133,14 @@ def _check_sequence(files: list[Path]):
         raise CheckpointError(f"shard {lost[0]} is missing from {files[0].parent}: it has {names}")
 
 # %% ../nbs/04_files.ipynb #57aa17b9
-def read_headers(
-    folder: Path, # of a checkpoint
-) -> dict[str, Tensor]: # by the name in the file
+def read_headers(folder: Path) -> dict[str, Tensor]: # folder: of a checkpoint; returns name in the file -> `Tensor`
     """Every tensor's file, shape and type, from headers alone.
 
     Args:
         folder: of a checkpoint
 
     Returns:
-        by the name in the file
+        name in the file -> `Tensor`
     """
     from safetensors import safe_open, SafetensorError
     tensors = {}

@@ -27,16 +27,14 @@ def soft_cap(
     return x if cap is None else cap * mx.tanh(x / cap)
 
 # %% ../nbs/00_numerics.ipynb #6928af70
-def log_sigmoid(
-    x: mx.array, # any shape
-) -> mx.array: # float32, as `x` in shape, never positive
+def log_sigmoid(x: mx.array) -> mx.array: # x: any shape; returns float32 of the same shape, never positive
     """The logarithm of the sigmoid, to float32 accuracy over the whole range.
 
     Args:
         x: any shape
 
     Returns:
-        float32, as `x` in shape, never positive
+        float32 of the same shape, never positive
     """
     return nn.log_sigmoid(x.astype(mx.float32))
 

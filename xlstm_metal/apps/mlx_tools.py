@@ -86,9 +86,7 @@ def _set_bos_and_eos(tokenizer, config, add_bos: bool): # a tokenizer of mlx-lm,
     elif config.force_bos_token_insert and tokenizer.bos_token is not None: tokenizer.add_bos_token = True
 
 # %% ../../nbs/apps/61_mlx_tools.ipynb #af03fc4c
-def _xlstm_settings(
-    path: str | Path, # folder or hub id
-) -> dict | None: # None: not an xLSTM, or not here
+def _xlstm_settings(path: str | Path) -> dict | None: # path: folder or hub id; returns None if it is no xLSTM, or is not here
     "The config of an xLSTM checkpoint that is on this machine."
     file = Path(path).expanduser() / "config.json"
     if not file.exists():
@@ -115,16 +113,14 @@ _COMMANDS = """awq benchmark cache_prompt chat convert dwq dynamic_quant evaluat
 _DATA_DRIVEN = "awq", "dwq", "dynamic_quant", "gptq" # quantise with data; here -m is the model
 _IGNORED_OPTIONS = "--kv-bits", "--kv-group-size", "--quantized-kv-start", "--max-kv-size" # of caches that grow
 
-def mlx(
-    argv: list[str], # a command and its options
-) -> int: # exit status: 0, 2 for bad input, or that of the command
+def mlx(argv: list[str]) -> int: # argv: a command and its options; returns the exit status: 0, 2 for bad input, or that of the command
     """`xlstm-metal mlx`: a command of mlx-lm, with xLSTM.
 
     Args:
         argv: a command and its options
 
     Returns:
-        exit status: 0, 2 for bad input, or that of the command
+        the exit status: 0, 2 for bad input, or that of the command
     """
     command, argv = (argv or ["--help"])[0], argv[1:]
     own = command in ("enable", "disable")

@@ -271,9 +271,7 @@ def log_norm(
     C, m = C.reshape(*C.shape[:2], -1), m.reshape(*m.shape[:2], -1)
     return mx.logsumexp(2 * (mx.log(mx.abs(C)) + m), axis=-1) / 2
 
-def rms(
-    h: mx.array, # (B, NH, S, DV)
-) -> mx.array: # (B, NH, S)
+def rms(h: mx.array) -> mx.array: # (B, NH, S, DV) -> (B, NH, S)
     """The root mean square of each read-out.
 
     Args:

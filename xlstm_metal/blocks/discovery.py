@@ -122,9 +122,7 @@ def by_block(
         raise BlockError(f"block {min(lost)} is missing: there are tensors of block {max(found)}")
     return dict(sorted(found.items()))
 
-def block_prefix(
-    tensors: dict, # name -> anything
-) -> str: # "backbone.", say
+def block_prefix(tensors: dict) -> str: # tensors: name -> anything; returns "backbone.", say
     """What stands in front of `blocks.0` in the names of a checkpoint.
 
     Args:
@@ -160,9 +158,7 @@ def split_fused(
     cuts = np.cumsum([shapes[p].shape[0] for p in parts])[:-1].tolist()
     return dict(zip(parts, mx.split(w, cuts, axis=0)))
 
-def join_fused(
-    weights: dict[str, mx.array], # name -> array
-) -> dict[str, mx.array]: # name -> array
+def join_fused(weights: dict[str, mx.array]) -> dict[str, mx.array]: # weights: name -> array; returns name -> array
     """The same weights with the parts of each fused projection in one matrix.
 
     Args:

@@ -55,16 +55,14 @@ class Trace(Observer):
 
 # %% ../../nbs/generation/56_memory_plots.ipynb #c792e994
 @contextmanager
-def watch(
-    model, # a language model, or a stack of blocks
-): # gives a `Trace` that grows with every forward pass
+def watch(model): # model: a language model, or a stack of blocks; yields a `Trace` that grows with every forward pass
     """Record what the memories do. The model computes what it always computes, and is as before when the context ends.
 
     Args:
         model: a language model, or a stack of blocks
 
-    Returns:
-        gives a `Trace` that grows with every forward pass
+    Yields:
+        a `Trace` that grows with every forward pass
     """
     stack = getattr(model, "backbone", model)
     before, stack.observer = stack.observer, (trace := Trace(stack))

@@ -67,9 +67,7 @@ class State:
         """
         self.logits, self.counts = logits, [c + n for c in self.counts]
 
-    def forward(self,
-        ids: mx.array, # (B, S) int
-    ) -> mx.array: # logits at every position (B, S, V) float32
+    def forward(self, ids: mx.array) -> mx.array: # ids: (B, S) int; returns logits at every position (B, S, V) float32
         """Read a few tokens, without waiting for the result.
 
         Args:

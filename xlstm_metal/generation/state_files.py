@@ -77,9 +77,7 @@ def check_path(path: str | Path): # of a file that will be written
     except _CorruptState: pass
 
 # %% ../../nbs/generation/50_state_files.ipynb #9388dfa8
-def read_notes(
-    path: str | Path, # of a state file
-) -> dict[str, str]: # what its header says
+def read_notes(path: str | Path) -> dict[str, str]: # path: of a state file; returns what its header says
     """The header of a state file; its arrays are not read. Raises `StateError`.
 
     Args:
@@ -104,9 +102,7 @@ def read_notes(
     return notes
 
 # %% ../../nbs/generation/50_state_files.ipynb #841a9723
-def read_arrays(
-    path: str | Path, # of a state file
-) -> tuple[dict[str, mx.array], dict[str, str]]: # arrays, notes
+def read_arrays(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]: # path: of a state file; returns arrays, notes
     """What `write_arrays` has written. Raises `StateError`.
 
     Args:

@@ -141,9 +141,7 @@ def load(
     return model.eval(), tokenizer
 
 # %% ../../nbs/model/46_checkpoint.ipynb #5aea6ab8
-def as_dtype(
-    dtype: mx.Dtype | str | None, # None: bfloat16 on a GPU, float32 on a CPU
-) -> mx.Dtype:
+def as_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype: # dtype: None: bfloat16 on a GPU, float32 on a CPU
     """A type of weights. Raises `CheckpointError`.
 
     Args:
@@ -155,16 +153,14 @@ def as_dtype(
     if dtype in dtypes: return dtypes[dtype]
     raise CheckpointError(f"dtype must be one of {', '.join(dtypes)}, not {dtype!r}")
 
-def new_model(
-    config: xLSTMConfig, # of the model
-) -> Model: # or a `Backbone`, without vocab_size
+def new_model(config: xLSTMConfig) -> Model: # config: of the model; returns a `Backbone` where there is no vocab_size
     """The model that a configuration describes, with new weights. Raises `CheckpointError`.
 
     Args:
         config: of the model
 
     Returns:
-        or a `Backbone`, without vocab_size
+        a `Backbone` where there is no vocab_size
     """
     try: return Model(config) if config.vocab_size else Backbone(config)
     except (WiringError, BlockError) as e: raise CheckpointError(f"the wiring in the config: {e}") from e

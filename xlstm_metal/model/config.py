@@ -169,16 +169,14 @@ def _add_stored_parts(model, names):
     if "backbone.out_norm.bias" in names and "bias" not in b.out_norm: b.out_norm.bias = mx.zeros((c.hidden_size,))
 
 # %% ../../nbs/model/42_config.ipynb #a4d44bae
-def read_block_map(
-    d: dict, # settings of a stack
-) -> tuple[int, ...]: # 0: an mLSTM block, 1: an sLSTM block
+def read_block_map(d: dict) -> tuple[int, ...]: # d: settings of a stack; returns 0 for an mLSTM block, 1 for an sLSTM block
     """Which block is where; `_block_map` and `slstm_at` must say the same. Raises `ValueError`.
 
     Args:
         d: settings of a stack
 
     Returns:
-        0: an mLSTM block, 1: an sLSTM block
+        0 for an mLSTM block, 1 for an sLSTM block
     """
     n, at, text = _integer(d, "num_blocks", 1), d.get("slstm_at") or [], d.get("_block_map")
     if at == "all" or d.get("mlstm_block") is None and d.get("slstm_block") is not None: at = range(n)

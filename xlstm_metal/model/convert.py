@@ -25,9 +25,7 @@ from .tokenizer import load_tokenizer
 # %% ../../nbs/model/47_convert.ipynb #f8c08656
 pickles = ".pt", ".pth", ".bin", ".ckpt"
 
-def read_pickle(
-    file: Path, # of PyTorch
-) -> dict[str, mx.array]: # name -> array
+def read_pickle(file: Path) -> dict[str, mx.array]: # file: of PyTorch; returns name -> array
     """The tensors of a PyTorch state dict; whatever is not a plain tensor is refused, never executed.
 
     Args:

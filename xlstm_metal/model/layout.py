@@ -57,9 +57,7 @@ class Layout:
         named = next((l for l in [*Layout.__subclasses__()] if l.name == settings.get("layout")), type(self))
         return xLSTMConfig(blocks, wiring, layout=named(), settings=settings, **{k: v for k, v in settings.items() if k in known})
 
-    def write(self,
-        config: "xLSTMConfig", # of the model
-    ) -> dict: # plain JSON that `read` understands
+    def write(self, config: "xLSTMConfig") -> dict: # config: of the model; returns plain JSON that `read` understands
         """Settings for a checkpoint.
 
         Args:
@@ -176,9 +174,7 @@ class xLSTMConfig:
         return self.layout.write(self)
 
 # %% ../../nbs/model/40_layout.ipynb #8028cd85
-def wired_settings(
-    config: xLSTMConfig, # of the model
-) -> dict: # plain JSON that `Layout.read` understands
+def wired_settings(config: xLSTMConfig) -> dict: # config: of the model; returns plain JSON that `Layout.read` understands
     """Settings that hold a wiring, which any model can be written with.
 
     Args:

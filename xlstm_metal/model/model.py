@@ -145,9 +145,7 @@ class Model(nn.Module):
         x = self.embeddings(ids) if input_embeddings is None else input_embeddings
         return self.backbone(self.embedding_dropout(x), cache, mask)
 
-    def head(self,
-        x: mx.array, # (..., D)
-    ) -> mx.array: # (..., V) float32, capped
+    def head(self, x: mx.array) -> mx.array: # (..., D) -> (..., V) float32, capped
         """Logits.
 
         Args:

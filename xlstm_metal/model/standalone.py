@@ -12,9 +12,7 @@ from pathlib import Path
 from ..wiring.wiring import Executable, Wiring
 
 # %% ../../nbs/model/48_standalone.ipynb #148b5379
-def _imported(
-    name: str, # of a module of the package, without the package
-) -> set[str]: # modules of the package
+def _imported(name: str) -> set[str]: # name: of a module of the package, without the package; returns modules of the package
     text, package, found = _text(name), name.split(".")[:-1], set()
     for node in ast.walk(ast.parse(text)):
         if not isinstance(node, ast.ImportFrom): continue
@@ -132,16 +130,14 @@ def standalone() -> str: # Python
     return "\n\n".join([_head.format(version=__version__, package=package), table("modules", modules), table("kernels", kernels), _importer])
 
 # %% ../../nbs/model/48_standalone.ipynb #48a00001
-def explicit(
-    wiring: Executable, # of any class
-) -> Wiring: # with the same neurons, each synapse by itself
+def explicit(wiring: Executable) -> Wiring: # wiring: of any class; returns a `Wiring` of the same neurons and synapses
     """A wiring that can be read without the class that made it.
 
     Args:
         wiring: of any class
 
     Returns:
-        with the same neurons, each synapse by itself
+        a `Wiring` of the same neurons and synapses
     """
     new = Wiring(wiring.neurons, wiring.motor_neurons, wiring.combine, wiring.input_dim)
     for matrix in ("adjacency_matrix", "delays", "sensory_adjacency_matrix"): setattr(new, matrix, getattr(wiring, matrix).copy())

@@ -43,15 +43,13 @@ def _with_arrays(cls, slot, arrays: list): # a cache like this one, around other
 # %% ../../nbs/wiring/32_cache.ipynb #38384539
 class ArraysCache(MLXArraysCache):
     "mlx-lm's cache, except that memories may grow, and that a sequence taken out of a batch does not keep the batch alive."
-    def extract(self,
-        idx: int, # row of the batch
-    ) -> "ArraysCache": # of one row, with memory of its own
+    def extract(self, idx: int) -> "ArraysCache": # idx: row of the batch; returns that row alone, copied
         """
         Args:
             idx: row of the batch
 
         Returns:
-            of one row, with memory of its own
+            that row alone, copied
         """
         one = type(self)(len(self.cache))
         one.cache = compact([None if a is None else mx.contiguous(a[idx:idx + 1]) for a in self.cache])

@@ -337,9 +337,7 @@ def diagram(
 # %% ../../nbs/wiring/33_draw.ipynb #98775308
 _MAX_EDGES = 2000 # with more a notebook would become slow, and the picture black
 
-def html(
-    wiring: Executable, # one that cannot be executed is drawn as well
-) -> str: # a <div>
+def html(wiring: Executable) -> str: # wiring: one that cannot be executed is drawn as well; returns a <div>
     """What a notebook shows of a wiring: a summary, and a picture as SVG.
 
     Args:

@@ -63,12 +63,10 @@ class Combiner(nn.Module):
         if how == "gated": self.gate_weight, self.gate_bias = mx.zeros((n, dims)), mx.zeros((n,))
         else: self.weight = mx.array(signs, mx.float32)[:, None] * mx.ones((1, dims if how == "channel" else 1))
 
-    def __call__(self,
-        parts: list[mx.array], # (B, S, D) each
-    ) -> mx.array: # (B, S, D)
+    def __call__(self, parts: list[mx.array]) -> mx.array: # parts: each (B, S, D); returns (B, S, D)
         """
         Args:
-            parts: (B, S, D) each
+            parts: each (B, S, D)
 
         Returns:
             (B, S, D)
@@ -295,9 +293,7 @@ class BlockStack(nn.Module):
         return [ArraysCache(max(1, n)) for n in sizes] # a slot cannot be empty
 
 # %% ../../nbs/wiring/31_run.ipynb #12a672fb
-def blocks_of(
-    wiring: Executable, # of any class
-) -> list[Neuron]: # a neuron for each set of weights, in order
+def blocks_of(wiring: Executable) -> list[Neuron]: # wiring: of any class; returns a neuron for each set of weights, in order
     """What the neurons of a wiring say about its blocks. Raises `WiringError`.
 
     Args:

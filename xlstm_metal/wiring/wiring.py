@@ -72,9 +72,7 @@ class Executable:
         elif input_dim != self.input_dim:
             raise WiringError(f"the wiring is built for {_count(self.input_dim, 'input')}, not {input_dim}: pass input_dim when it is made")
 
-    def sources(self,
-        j: int, # neuron
-    ) -> list[tuple[int, int, int]]: # (neuron, sign, delay); inputs are -1, -2, ...
+    def sources(self, j: int) -> list[tuple[int, int, int]]: # j: neuron; returns (neuron, sign, delay); inputs are -1, -2, ...
         """The inputs of a neuron.
 
         Args:
@@ -156,9 +154,7 @@ def _topological_order(wiring: Executable, scc: tuple[int, ...]) -> list[int]:
     raise WiringError(f"cycle without a delay: {' -> '.join(map(str, cycle))}")
 
 # %% ../../nbs/wiring/30_wiring.ipynb #e190cb5b
-def check_wiring(
-    wiring: Executable, # of any class
-) -> list[list[list[int]]]: # its components, by stage
+def check_wiring(wiring: Executable) -> list[list[list[int]]]: # wiring: of any class; returns its components, by stage
     """Refuse a wiring that cannot be executed. Raises `WiringError`, naming the neurons.
 
     Args:
