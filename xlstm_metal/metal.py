@@ -121,8 +121,8 @@ class Kernel:
             from xlstm_metal.host import run
             outputs = dict(zip(self.outputs, zip(shapes, dtypes)))
             return run(self.name, text, dict(zip(self.inputs, arrays)), outputs, grid, threads, template, self.includes)
-        header = "\n".join(kernel_source(f"{name}.h") for name in self.includes)
-        if (key := (header, text, where)) not in self.compiled: # a changed cell is a new kernel
+        headers = tuple(kernel_source(f"{name}.h") for name in self.includes)
+        if (key := (headers, text, where)) not in self.compiled: # a changed cell is a new kernel
             self.compiled[key] = _compile_kernel(self, *key)
         return self.compiled[key](inputs=list(arrays), output_shapes=shapes, output_dtypes=dtypes,
                                   grid=grid, threadgroup=threads, template=list(template.items()))
@@ -137,10 +137,10 @@ def _check_launch(name, arrays, grid, threads):
     if (n := threads[0] * threads[1] * threads[2]) > 256:
         raise ValueError(f"kernel {name}: {n} threads in a group are more than 256")
 
-def _compile_kernel(k: Kernel, header: str, text: str, where: str):
+def _compile_kernel(k: Kernel, headers: tuple[str, ...], text: str, where: str):
     args = dict(name=k.name, input_names=k.inputs, output_names=k.outputs, source=text)
-    if where == "metal": return mx.fast.metal_kernel(**args, header=header)
-    return mx.fast.cuda_kernel(**args, header=kernel_source("cuda.h") + header)
+    if where == "metal": return mx.fast.metal_kernel(**args, header="\n".join(headers))
+    return mx.fast.cuda_kernel(**args, header="\n".join([kernel_source("cuda.h"), *headers]))
 
 # %% ../nbs/02_metal.ipynb #8dc78ba7
 def _is_float(a) -> bool: return isinstance(a, mx.array) and mx.issubdtype(a.dtype, mx.floating)

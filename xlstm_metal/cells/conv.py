@@ -96,7 +96,9 @@ def _conv_gradient(args, results, kept, cotangents):
 _unmasked = dispatch(conv_kernel, _unmasked_plain, _launch_conv, _conv_gradient, fits=lambda x, w, b, state: w.shape[-1] <= 16,
                      example=lambda: samples((2, 40, 5), (5, 1, 4), (5,), (2, 3, 5)))
 
-def causal_conv1d(x, w, b, state=None, mask=None) -> tuple[mx.array, mx.array]: # as for `causal_conv1d_plain`
+def causal_conv1d(
+    x: mx.array, w: mx.array, b: mx.array, state: mx.array | None = None, mask: mx.array | None = None
+) -> tuple[mx.array, mx.array]: # as for `causal_conv1d_plain`
     """Depthwise convolution that sees no later token. By kernel where kernels run; `causal_conv1d_plain` is the definition.
 
     Args:

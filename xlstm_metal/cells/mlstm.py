@@ -187,7 +187,10 @@ def chunk_readout(
     return num / denominator(den, m[..., None], eps), m
 
 # %% ../../nbs/cells/11_mlstm.ipynb #a2026fcb
-def mlstm_parallel(q, k, v, i, f, state=None, mask=None, eps: float = 1e-6) -> tuple: # as for `mlstm_recurrent_plain`
+def mlstm_parallel(
+    q: mx.array, k: mx.array, v: mx.array, i: mx.array, f: mx.array, state: tuple | None = None, mask: mx.array | None = None,
+    eps: float = 1e-6
+) -> tuple[mx.array, tuple]: # as for `mlstm_recurrent_plain`
     """The mLSTM without a loop, a plain form without a kernel; memory grows with S squared (arXiv 2405.04517, appendix A.3).
 
     Args:

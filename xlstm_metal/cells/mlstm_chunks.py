@@ -43,8 +43,9 @@ def chunk_states(
 
 # %% ../../nbs/cells/12_mlstm_chunks.ipynb #15004602
 def mlstm_chunkwise_plain(
-    q, k, v, i, f, state=None, mask=None, chunk_size: int = 64, eps: float = 1e-6
-) -> tuple: # as for `mlstm_recurrent_plain`; chunk_size: L, any positive size
+    q: mx.array, k: mx.array, v: mx.array, i: mx.array, f: mx.array, state: tuple | None = None, mask: mx.array | None = None,
+    chunk_size: int = 64, eps: float = 1e-6
+) -> tuple[mx.array, tuple]: # as for `mlstm_recurrent_plain`; chunk_size: L, any positive size
     """The mLSTM in chunks: for long inputs and for training (arXiv 2503.14376, section 3).
 
     Args:
