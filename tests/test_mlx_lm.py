@@ -19,11 +19,8 @@ from xlstm_metal.apps.cli import main
 from xlstm_metal.files import bundled as BUNDLED
 from xlstm_metal.model.config import xLSTMConfig
 from xlstm_metal.model.convert import convert, save
-from xlstm_metal.model.config import xLSTMConfig
 from xlstm_metal.model.model import Model
 from xlstm_metal.model.tokenizer import encode
-from xlstm_metal.model.model import Model
-from xlstm_metal.model.model import Model
 from xlstm_metal.wiring.wiring import AutoNCPxLSTMWiring, Neuron, xLSTMWiring
 
 PROMPTS = ["class A:\n", "import os\nimport sys\n\ndef main(argv):\n    for name in", "x", "def read(path, mode='r'):\n    with open("]

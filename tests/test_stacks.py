@@ -14,14 +14,17 @@ import pytest
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
 
+import xlstm_metal as xm
 from xlstm_metal import metal
 from xlstm_metal.generation.generate import Sampling, tokens
 from xlstm_metal.generation.state import State
+from xlstm_metal.blocks import block
+from xlstm_metal.blocks.mlstm import mLSTMBlock
 from xlstm_metal.files import CheckpointError, read_json
 from xlstm_metal.model.checkpoint import info, load
 from xlstm_metal.model.config import StackLayout
-from xlstm_metal.model.config import StackLayout
 from xlstm_metal.train.train import lm_loss
+from xlstm_metal.wiring.wiring import Neuron
 
 HERE = Path(__file__).parent / "fixtures"
 MORE = Path(os.environ.get("XLSTM_METAL_FIXTURES", HERE))
@@ -220,3 +223,21 @@ def test_a_tied_head_is_counted_once(tmp_path):
     i = info(tmp_path)
     model, _ = load(tmp_path, mx.float32)
     assert i.parameters == sum(a.size for _, a in tree_flatten(model.parameters())) and "tied" in i.layout
+
+
+def test_a_cell_that_defines_a_kind_anew(monkeypatch, tmp_path):
+    "Its class is made from then on, where that of the package was; a model file that holds modules of the package says so."
+    monkeypatch.setattr(block, "kinds", list(block.kinds))
+    old = block.find_kind(Neuron("mlstm", 0, 16))
+    class mLSTMBlock2(mLSTMBlock): pass
+    block.block("mlstm", "xLSTM 7B", old.defaults, old.prefix, old.tensors, old.flags, old.derive)(mLSTMBlock2)
+    assert type(block.make_block(Neuron("mlstm", 0, 16))) is mLSTMBlock2 and len(block.kinds) == len({(k.name, k.form) for k in block.kinds})
+    with pytest.warns(UserWarning, match="blocks of kind mlstm were defined anew"): xm.convert(None, tmp_path / "copy", to="mlx")
+    monkeypatch.setattr(block, "functions", dict(block.functions))
+    for factor in (1, 2):
+        @block.block_function
+        def scaled(x): return factor * x
+    assert block.make_block(Neuron("scaled", 0, 2))(mx.ones((1, 1, 2)))[0].tolist() == [[[2, 2]]]
+    def other(x): return x
+    other.__name__, other.__module__ = "scaled", "elsewhere"
+    with pytest.raises(block.BlockError, match="another function named scaled"): block.block_function(other)

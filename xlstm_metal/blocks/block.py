@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['kinds', 'functions', 'BlockSpec', 'Block', 'Kind', 'block', 'check_block', 'block_function', 'FunctionBlock',
-           'BlockError', 'is_builtin', 'make_block', 'is_gate', 'log_norm', 'rms', 'memory_sizes', 'MaskedLinear',
+           'BlockError', 'find_kind', 'make_block', 'is_gate', 'log_norm', 'rms', 'memory_sizes', 'MaskedLinear',
            'sparsify']
 
 # %% ../../nbs/blocks/20_block.ipynb #1497489b
@@ -80,6 +80,7 @@ class Kind:
         tensors: argument -> where a tensor shows it: "name", "name[axis]", "name/divisor"; several: the first that is there
         flags: argument -> tensors of which one is there if it is on
         derive: values read -> the same with those that one shape alone does not show
+        builtin: the class that the package has for it: another one if a cell that defines it ran
     """
     name: str # several classes may share one: an mLSTM comes in two forms
     cls: type # a subclass of `Block`
@@ -89,6 +90,7 @@ class Kind:
     tensors: dict # argument -> where a tensor shows it: "name", "name[axis]", "name/divisor"; several: the first that is there
     flags: dict # argument -> tensors of which one is there if it is on
     derive: Callable # values read -> the same with those that one shape alone does not show
+    builtin: type | None # the class that the package has for it: another one if a cell that defines it ran
 
     @property
     def arguments(self) -> dict: # name -> default, or Parameter.empty
@@ -96,6 +98,7 @@ class Kind:
         return {n: p.default for n, p in list(signature(self.cls).parameters.items())[1:]}
 
 kinds = [] # of `Kind`, in the order in which they are tried
+_package = __name__.rpartition(".blocks.")[0] + "." # also where a model file holds this module
 
 # %% ../../nbs/blocks/20_block.ipynb #4a9ea07a
 def block(
@@ -124,8 +127,9 @@ def block(
     def register(cls):
         _check_class(cls, name)
         cls.kind, cls.__init__ = name, _keeping_arguments(cls, defaults)
-        kinds[:] = [k for k in kinds if (k.name, k.form) != (name, form)] # a cell that runs again replaces its kind
-        kinds.append(Kind(name, cls, form, defaults, prefix, tensors, flags, derive))
+        j = next((j for j, k in enumerate(kinds) if (k.name, k.form) == (name, form)), len(kinds))
+        builtin = cls if cls.__module__.startswith(_package) else kinds[j].builtin if kinds[j:] else None
+        kinds[j:j + 1] = [Kind(name, cls, form, defaults, prefix, tensors, flags, derive, builtin)] # a cell that runs again replaces its kind
         return cls
     return register
 
@@ -155,10 +159,7 @@ def _check_class(cls, name):
     require(all(p.kind is not Parameter.VAR_KEYWORD for p in parameters), "must name all of its arguments")
 
 # %% ../../nbs/blocks/20_block.ipynb #a2ec011a
-def check_block(
-    b: nn.Module, # a new block
-    dims: int, # D
-):
+def check_block(b: nn.Module, dims: int): # b: a new block; dims: D
     """Try a block on one token, without computing anything. Raises `TypeError` where it breaks the contract.
 
     Args:
@@ -184,7 +185,8 @@ def block_function(f: Callable) -> Callable: # f: from (B, S, D) to (B, S, D)
     Args:
         f: from (B, S, D) to (B, S, D)
     """
-    if functions.setdefault(f.__name__, f) is not f: raise BlockError(f"there is another function named {f.__name__}")
+    if functions.get(f.__name__, f).__module__ != f.__module__: raise BlockError(f"there is another function named {f.__name__}")
+    functions[f.__name__] = f # a cell that runs again replaces its function
     return f
 
 class FunctionBlock(Block):
@@ -195,10 +197,7 @@ class FunctionBlock(Block):
         dims: size of the vectors, D
     """
     state_size = 0
-    def __init__(self,
-        kind: str, # the name of the function
-        dims: int, # size of the vectors, D
-    ):
+    def __init__(self, kind: str, dims: int): # kind: the name of the function; dims: size of the vectors, D
         super().__init__()
         self.kind, self.spec = kind, BlockSpec(kind, dims, {})
 
@@ -213,13 +212,22 @@ class FunctionBlock(Block):
 class BlockError(ValueError):
     "A block cannot be made; the message names the kind and the argument."
 
-def is_builtin(kind: str) -> bool: # kind: of a block
-    """Whether a kind of block comes with the package.
+def find_kind(spec: BlockSpec) -> Kind | None: # spec: as for `make_block`; returns None for a function
+    """The kind that a specification names and whose arguments it has. Raises `BlockError`.
 
     Args:
-        kind: of a block
+        spec: as for `make_block`
+
+    Returns:
+        None for a function
     """
-    return any(k.name == kind and k.cls.__module__.startswith("xlstm_metal.") for k in kinds)
+    if (kind := spec.kind) in functions: return None
+    if not (family := [k for k in kinds if k.name == kind]):
+        raise BlockError(f"there is no kind of block named {kind!r}, only {', '.join(sorted({k.name for k in kinds} | set(functions)))}")
+    given = spec.kwargs.keys() - {"sparsity_level", "sparsity_seed"}
+    if fits := [k for k in family if given <= k.arguments.keys()]: return fits[0]
+    unknown = ", ".join(sorted(min((given - k.arguments.keys() for k in family), key=len)))
+    raise BlockError(f"block kind {kind}: unknown argument {unknown}; accepted: " + " or ".join(", ".join(sorted(k.arguments)) for k in family))
 
 def make_block(
     spec: BlockSpec, # or anything else with kind, dims and kwargs; of any kind kwargs may have sparsity_level and sparsity_seed, as for `sparsify`
@@ -230,18 +238,12 @@ def make_block(
         spec: or anything else with kind, dims and kwargs; of any kind kwargs may have sparsity_level and sparsity_seed, as for `sparsify`
     """
     kind, dims, kwargs = spec.kind, spec.dims, dict(spec.kwargs)
-    if kind in functions: return FunctionBlock(kind, dims)
-    if not (family := [k for k in kinds if k.name == kind]):
-        raise BlockError(f"there is no kind of block named {kind!r}, only {', '.join(sorted({k.name for k in kinds} | set(functions)))}")
+    if not (found := find_kind(spec)): return FunctionBlock(kind, dims)
     if not isinstance(dims, int) or dims < 1: raise BlockError(f"a block of kind {kind} needs dims, the size of its vectors, not {dims!r}")
     level, seed = kwargs.pop("sparsity_level", 0.), kwargs.pop("sparsity_seed", 0)
-    fits = [k for k in family if kwargs.keys() <= k.arguments.keys()]
-    if not fits:
-        unknown = ", ".join(sorted(min((kwargs.keys() - k.arguments.keys() for k in family), key=len)))
-        raise BlockError(f"block kind {kind}: unknown argument {unknown}; accepted: " + " or ".join(", ".join(sorted(k.arguments)) for k in family))
     try:
-        b = fits[0].cls(dims, **kwargs)
-        if not is_builtin(kind): check_block(b, dims) # our own are tested
+        b = found.cls(dims, **kwargs)
+        if found.builtin is not found.cls: check_block(b, dims) # our own are tested
     except (TypeError, ValueError) as e: raise e if str(e).startswith("block kind") else BlockError(f"a block of kind {kind} cannot be made: {e}") from e
     return sparsify(b, level, seed) if level else b
 
@@ -255,10 +257,7 @@ def is_gate(path: str) -> bool: # path: of a parameter or module
     return any(part in path for part in ("igate", "fgate", "slstm_cell", "combiners"))
 
 # %% ../../nbs/blocks/20_block.ipynb #c1b40410
-def log_norm(
-    C: mx.array, # (B, NH, ...)
-    m: mx.array, # logarithm of its scale, (B, NH, ...)
-) -> mx.array: # (B, NH)
+def log_norm(C: mx.array, m: mx.array) -> mx.array: # C: (B, NH, ...); m: logarithm of its scale, (B, NH, ...); returns (B, NH)
     """The logarithm of the size of a memory that is scaled by exp(m).
 
     Args:
@@ -312,10 +311,7 @@ class MaskedLinear(nn.Linear):
         linear: whose weights it takes over
         mask: (out, in) of 0 and 1
     """
-    def __init__(self,
-        linear: nn.Linear, # whose weights it takes over
-        mask: np.ndarray, # (out, in) of 0 and 1
-    ):
+    def __init__(self, linear: nn.Linear, mask: np.ndarray): # linear: whose weights it takes over; mask: (out, in) of 0 and 1
         nn.Module.__init__(self)
         if mask.shape != linear.weight.shape: raise ValueError(f"mask has shape {mask.shape}, the weights have {linear.weight.shape}")
         self._mask = mx.array(mask)

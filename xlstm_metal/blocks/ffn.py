@@ -49,10 +49,7 @@ class GatedFFN(nn.Module):
         return self.proj_down(activations[self.act_fn](self.proj_up_gate(x)) * self.proj_up(x))
 
 # %% ../../nbs/blocks/21_ffn.ipynb #17476a16
-def round_up(
-    x: float, # a size before rounding
-    multiple: int, # of what
-) -> int:
+def round_up(x: float, multiple: int) -> int: # x: a size before rounding; multiple: of what
     """`x` rounded up to a whole multiple, as upstream rounds it (`round_up_to_next_multiple_of`).
 
     Args:

@@ -96,10 +96,7 @@ class ShortConv(nn.Module):
         dims: size of the residual stream, D
         kernel_size: taps
     """
-    def __init__(self,
-        dims: int, # size of the residual stream, D
-        kernel_size: int = 3, # taps
-    ):
+    def __init__(self, dims: int, kernel_size: int = 3): # dims: size of the residual stream, D; kernel_size: taps
         super().__init__()
         self.in_proj, self.out_proj = nn.Linear(dims, 3 * dims, bias=False), nn.Linear(dims, dims, bias=False)
         self.conv = DepthwiseConvWeights(dims, kernel_size, bias=False)

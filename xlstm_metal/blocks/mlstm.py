@@ -250,10 +250,7 @@ class mLSTMGates(nn.Module):
         dims: size between the projections
         num_heads: NH
     """
-    def __init__(self,
-        dims: int, # size between the projections
-        num_heads: int, # NH
-    ):
+    def __init__(self, dims: int, num_heads: int): # dims: size between the projections; num_heads: NH
         super().__init__()
         self.igate, self.fgate = GateLinear(3 * dims, num_heads), GateLinear(3 * dims, num_heads)
         self.igate.weight, self.fgate.weight = mx.zeros((2, num_heads, 3 * dims))

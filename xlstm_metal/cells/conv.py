@@ -141,10 +141,7 @@ class Conv1dCell(nn.Module):
         dims: channels, C
         kernel_size: taps, K
     """
-    def __init__(self,
-        dims: int, # channels, C
-        kernel_size: int = 4, # taps, K
-    ):
+    def __init__(self, dims: int, kernel_size: int = 4): # dims: channels, C; kernel_size: taps, K
         super().__init__()
         self.conv = DepthwiseConvWeights(dims, kernel_size)
 

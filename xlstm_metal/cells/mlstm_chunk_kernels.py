@@ -79,10 +79,7 @@ mlstm_recurrent = dispatch(recurrent_kernel, mlstm_recurrent_plain, _launch_recu
 # %% ../../nbs/cells/14_mlstm_chunk_kernels.ipynb #e128b0ac
 def _is_short(S: int) -> bool: return S <= 16
 
-def _chunks_fit(
-    k: mx.array, # (B, NH, S, DQK)
-    v: mx.array, # (B, NH, S, DV)
-) -> bool:
+def _chunks_fit(k: mx.array, v: mx.array) -> bool: # k: (B, NH, S, DQK); v: (B, NH, S, DV)
     "Whether the launches can count everything that they write."
     B, NH, S, _ = k.shape
     return fits(k, v, _num_tiles(S) + 1) and B * NH * _num_tiles(S) * 64**2 < 2**32

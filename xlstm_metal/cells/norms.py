@@ -100,10 +100,7 @@ class LayerNorm(nn.Module):
         dims: size of the last axis, D
         eps: added to the variance
     """
-    def __init__(self,
-        dims: int, # size of the last axis, D
-        eps: float = 1e-5, # added to the variance
-    ):
+    def __init__(self, dims: int, eps: float = 1e-5): # dims: size of the last axis, D; eps: added to the variance
         super().__init__()
         self.eps, self.weight = eps, mx.zeros((dims,))
 

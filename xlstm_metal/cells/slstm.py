@@ -91,10 +91,7 @@ def slstm_sequence_plain(
     return mx.concatenate(ys, 2), state
 
 # %% ../../nbs/cells/17_slstm.ipynb #19220262
-def float32_product(
-    a: mx.array, # (..., M, K) float32
-    b: mx.array, # (..., K, N) float32
-) -> mx.array: # (..., M, N)
+def float32_product(a: mx.array, b: mx.array) -> mx.array: # a: (..., M, K) float32; b: (..., K, N) float32; returns (..., M, N)
     """`a @ b` in float32, also where MLX multiplies in TF32.
 
     Args:

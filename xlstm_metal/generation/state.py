@@ -171,10 +171,7 @@ class State:
         write_arrays(path, self.arrays(), fingerprint(self.model) | {"tokens": json.dumps(self.counts)})
 
     @classmethod
-    def load(cls,
-        path: str | Path, # of a file
-        model: Model, # that made it
-    ) -> "State":
+    def load(cls, path: str | Path, model: Model) -> "State": # path: of a file; model: that made it
         """A state from a file. Raises `StateError` for anything but a whole state of this model.
 
         Args:

@@ -258,10 +258,7 @@ def read_slstm_block(
     return k
 
 # %% ../../nbs/model/42_config.ipynb #4be9663f
-def is_transposed(
-    name: str, # of a recurrent kernel
-    shape: tuple, # as stored
-) -> bool:
+def is_transposed(name: str, shape: tuple) -> bool: # name: of a recurrent kernel; shape: as stored
     """Whether a recurrent kernel is stored as upstream's CUDA implementation stores it. Raises `ValueError` for neither form.
 
     Args:

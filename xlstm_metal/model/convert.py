@@ -6,12 +6,12 @@
 __all__ = ['pickles', 'copied_files', 'read_pickle', 'read_anything', 'write_shards', 'convert', 'save']
 
 # %% ../../nbs/model/47_convert.ipynb #5559af44
-import json, pickle, shutil
+import json, pickle, shutil, warnings
 from dataclasses import replace
 from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from ..blocks.block import is_builtin
+from ..blocks.block import find_kind
 from ..blocks.discovery import join_fused
 from ..files import (atomic_dir, check_output_dir, CheckpointError, read_headers, read_settings, resolve,
     settings_file, Tensor, weight_files)
@@ -131,6 +131,13 @@ def _check_options(to, quantize, chat_template, fused, recurrent) -> str | None:
     try: return template_text(chat_template) if chat_template else None
     except ValueError as e: raise CheckpointError(str(e)) from e
 
+def _check_kinds(c: xLSTMConfig): # a model file holds modules of the package
+    found = [(b.kind, find_kind(b)) for b in c.blocks]
+    if own := sorted({kind for kind, k in found if not (k and k.builtin)}):
+        raise CheckpointError(f"a model file cannot hold blocks of kind {', '.join(own)}, which are not part of the package")
+    if changed := sorted({kind for kind, k in found if k.cls is not k.builtin}):
+        warnings.warn(f"blocks of kind {', '.join(changed)} were defined anew in this session; the model file has those of the package")
+
 # %% ../../nbs/model/47_convert.ipynb #270666e4
 def convert(
     source: str | Path | None, # folder, hub id, or a pickle of PyTorch; None is the bundled model
@@ -167,7 +174,7 @@ def convert(
     if fused and c.layout.name != "large": raise CheckpointError("only models of the 7B form have projections to fuse")
     check_structure(tensors, c, file)
     if to == "mlx" and not c.vocab_size: raise CheckpointError("a model file for mlx-lm needs an embedding and a head; this checkpoint has blocks alone")
-    if to == "mlx" and (own := sorted({b.kind for b in c.blocks if not is_builtin(b.kind)})): raise CheckpointError(f"a model file cannot hold blocks of kind {', '.join(own)}, which are not part of the package")
+    if to == "mlx": _check_kinds(c)
     tokenizer = load_tokenizer(folder, c) if to == "mlx" else None
     model = build(c, tensors)
     weights = model.sanitize(weights)

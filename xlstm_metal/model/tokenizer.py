@@ -37,10 +37,7 @@ def load_tokenizer(
     tokenizer.eos_token_ids = eos_ids(tokenizer, config)
     return tokenizer
 
-def eos_ids(
-    tokenizer, # from mlx-lm
-    config: xLSTMConfig, # of the model
-) -> set[int]:
+def eos_ids(tokenizer, config: xLSTMConfig) -> set[int]: # tokenizer: from mlx-lm; config: of the model
     """The ids that end a text: what the tokenizer says, and what the config says of special tokens.
 
     Args:

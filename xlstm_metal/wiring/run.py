@@ -28,10 +28,7 @@ class Plan:
         self.input_dim = wiring.input_dim
         self.delayed = sorted({i for inputs in self.inputs for i, _, delay in inputs if delay}) # whose last output is kept
 
-def signed_sum(
-    parts: list[mx.array], # (B, S, D) each
-    signs: list[int], # 1 or -1 each
-) -> mx.array: # (B, S, D)
+def signed_sum(parts: list[mx.array], signs: list[int]) -> mx.array: # parts: (B, S, D) each; signs: 1 or -1 each; returns (B, S, D)
     """The sum of what excites, less what inhibits.
 
     Args:
@@ -306,10 +303,7 @@ def blocks_of(wiring: Executable) -> list[Neuron]: # wiring: of any class; retur
     if unused := set(range(max(first, default=-1) + 1)) - first.keys(): raise WiringError(f"no neuron uses the weights of block {min(unused)}")
     return [replace(first[w], combine="sum") for w in sorted(first)]
 
-def block_neuron(
-    block: nn.Module, # from a `BlockStack`
-    j: int, # its index
-) -> Neuron:
+def block_neuron(block: nn.Module, j: int) -> Neuron: # block: from a `BlockStack`; j: its index
     """A block as a neuron.
 
     Args:

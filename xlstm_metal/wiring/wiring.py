@@ -288,10 +288,7 @@ class SkipWiring(xLSTMWiring):
         neurons: in the order of the chain
         reach: 2 or more
     """
-    def __init__(self,
-        neurons: list[Neuron], # in the order of the chain
-        reach: int = 2, # 2 or more
-    ):
+    def __init__(self, neurons: list[Neuron], reach: int = 2): # neurons: in the order of the chain; reach: 2 or more
         super().__init__(neurons)
         if reach < 2: raise WiringError(f"reach must be 2 or more, not {reach}")
         if reach <= self.units: self.add_sensory_synapse(0, reach - 1, 1)
