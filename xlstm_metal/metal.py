@@ -66,7 +66,7 @@ class Kernel:
         includes: list[str] = (), # names of headers with functions that the text calls
     ):
         self.name, self.inputs, self.outputs, self.includes, self.compiled = name, inputs, outputs, includes, {}
-        self.self_test = self.passed = None # arguments of `matches_reference`; what that said
+        self.self_test = self.passed = None # arguments of `matches_reference`; its result
         self.needs_self_test = {"metal"} # where it has not been measured: there the test comes first
 
     def use(self,

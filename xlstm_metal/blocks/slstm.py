@@ -35,7 +35,7 @@ def powerlaw_bias(
     return 5 - 12 * (mx.arange(DH) / max(DH - 1, 1))**(.3 + 1.3 * depth)
 
 class sLSTMCell(nn.Module):
-    """Scalar memories with exponential gates that hear their own head's output (arXiv 2405.04517, section 2.2).
+    """Scalar memories with exponential gates that depend on the last output of their own head (arXiv 2405.04517, section 2.2).
 
     Args:
         dims: units of all heads together, D

@@ -54,8 +54,8 @@ class AutoWiring(xLSTMWiring):
         except (CheckpointError, ValueError): config = None
         wiring = cls(read_headers(folder), folder, config)
         if wiring.assumed:
-            said = ", ".join(f"{k} {v}" for k, v in wiring.assumed.items())
-            warnings.warn(f"{folder} has no settings of its blocks: assuming {said}")
+            assumed = ", ".join(f"{k} {v}" for k, v in wiring.assumed.items())
+            warnings.warn(f"{folder} has no settings of its blocks: assuming {assumed}")
         return wiring
 
     @property

@@ -185,13 +185,13 @@ def read_block_map(d: dict) -> tuple[int, ...]: # d: settings of a stack; return
     at = [j % n for j in at] # counted from the end too
     blocks = tuple(int(j in at) for j in range(n))
     if text is None: return blocks
-    said = tuple(text.replace(" ", "").split(",")) if isinstance(text, str) else text
-    if set(said) - {"0", "1"}: raise ValueError(f"_block_map {text!r} is not a list of 0 and 1")
-    said = tuple(map(int, said))
-    if len(said) != n: raise ValueError(f"_block_map {text!r} has {len(said)} blocks, num_blocks is {n}")
-    if d.get("slstm_at") is not None and said != blocks:
+    listed = tuple(text.replace(" ", "").split(",")) if isinstance(text, str) else text
+    if set(listed) - {"0", "1"}: raise ValueError(f"_block_map {text!r} is not a list of 0 and 1")
+    listed = tuple(map(int, listed))
+    if len(listed) != n: raise ValueError(f"_block_map {text!r} has {len(listed)} blocks, num_blocks is {n}")
+    if d.get("slstm_at") is not None and listed != blocks:
         raise ValueError(f"_block_map {text!r} and slstm_at {d['slstm_at']!r} describe different stacks")
-    return said
+    return listed
 
 # %% ../../nbs/model/42_config.ipynb #c42a0008
 def _branch(d: dict, block: str, key: str) -> dict: # what it does not say has upstream's defaults

@@ -95,7 +95,7 @@ def _is_safe_split(tokenizer, text: str, at: int) -> bool:
 edges = re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?=\s*\n)"), re.compile(r"\b")
 
 def _find_split(tokenizer, text: str, after: int) -> int: # 0 if there is none
-    "A late place, behind `after`, where a text can be cut."
+    "A position behind `after`, as far on as possible, where a text can be cut."
     for edge in edges:
         places = [m.start() for m in edge.finditer(text) if after < m.start() <= len(text) - window]
         for at in places[:-33:-1]:
