@@ -146,11 +146,9 @@ struct Scope {
     Site site;       // of the loop, or of the call
     bool loop;
     uint round = 0;  // of the loop, from 1
-    bool entered = false;
     Scope* outer;
     Scope(Site site, bool loop) : site(site), loop(loop), outer(self().scope) { self().scope = this; }
     ~Scope() { self().scope = outer; }
-    bool enter() { return entered ? false : entered = true; } // once
     void next() { round++; }
 };
 
@@ -697,6 +695,6 @@ struct Unset { // the value of a variable that has none yet
 }
 #define CALLER host::Here host_caller = host::Here::current()
 #define CALLED host::Scope host_call(host_caller, false);
-#define LOOP for (host::Scope host_loop({__LINE__, __COUNTER__}, true); host_loop.enter();)
+#define LOOP if (host::Scope host_loop({__LINE__, __COUNTER__}, true); false) {} else
 #define for(...) LOOP for (__VA_ARGS__) if (host_loop.next(), false) {} else
 #define WHILE(...) LOOP while (__VA_ARGS__) if (host_loop.next(), false) {} else

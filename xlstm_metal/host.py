@@ -248,8 +248,8 @@ def metal_diagnostics(
     kernel, # a `Kernel`: whose text to check, with its headers
     types: dict[str, mx.Dtype] = {}, # of inputs and outputs that are not float32
     **template, # constants of the text
-) -> list[str]: # empty if a Metal compiler would have nothing to say about pointers and conversions
-    """Check address spaces and narrowing conversions of a kernel's text (needs the package `libclang`).
+) -> list[str]: # empty if a Metal compiler would have nothing to say
+    """What Metal refuses in a kernel's text, its address spaces and narrowing conversions (needs the package `libclang`).
 
     Args:
         kernel: a `Kernel`: whose text to check, with its headers
@@ -257,13 +257,16 @@ def metal_diagnostics(
         **template: constants of the text
 
     Returns:
-        empty if a Metal compiler would have nothing to say about pointers and conversions
+        empty if a Metal compiler would have nothing to say
     """
     from clang.cindex import Diagnostic, Index
     flags = ["-std=c++17", "-Wall", "-Wconversion", "-Wno-sign-conversion", "-Wno-unused"]
+    texts = [(f"kernel {kernel.name}", f"{kernel.name}.metal"), *[(f"{h}.h", f"{h}.h") for h in kernel.includes]]
+    refused = [(name, _refusal(_blank_comments(kernel_source(file)), file.endswith(".h"))) for name, file in texts]
     parts = _metal_parts(kernel, types, template)
     whole = "\n".join(text for _, text in parts)
     unit = Index.create().parse("kernel.cpp", args=flags, unsaved_files=[("kernel.cpp", whole)])
     lines = [(name, j) for name, text in parts for j in range(1, text.count("\n") + 2)]
     found = [d for d in unit.diagnostics if d.severity >= Diagnostic.Warning]
-    return ["{}, line {}: {}".format(*lines[d.location.line - 1], d.spelling) for d in found]
+    return [f"{name}, {says}" for name, says in refused if says] \
+        + ["{}, line {}: {}".format(*lines[d.location.line - 1], d.spelling) for d in found]
