@@ -26,16 +26,16 @@ namespace host {
 struct Here {
     int l, c;
     static constexpr Here current(int l = __builtin_LINE(), int c = __builtin_COLUMN()) { return {l, c}; }
-    int line() const { return l; }
-    int column() const { return c; }
+    constexpr int line() const { return l; }
+    constexpr int column() const { return c; }
 };
 #else
 typedef std::source_location Here;
 #endif
 struct Site { // a call in the kernel, or a loop
     int line, column;
-    Site(int line = 0, int column = 0) : line(line), column(column) {}
-    Site(const Here& h) : line(h.line()), column(h.column()) {}
+    constexpr Site(int line = 0, int column = 0) : line(line), column(column) {}
+    constexpr Site(const Here& h) : line(h.line()), column(h.column()) {}
     bool operator==(const Site& s) const { return line == s.line && column == s.column; }
 };
 
@@ -141,15 +141,22 @@ inline const Slot* exchange(const Slot& mine, Site site) {
     return s;
 }
 
-// a loop or a function of a header that this thread is in
+// a loop or a function of a header that this thread is in; a compiler that computes a constant is no thread
+constexpr bool compiling() { return __builtin_is_constant_evaluated(); }
 struct Scope {
-    Site site;       // of the loop, or of the call
+    Site site;      // of the loop, or of the call
     bool loop;
-    uint round = 0;  // of the loop, from 1
+    uint round = 0; // of the loop, from 1
     Scope* outer;
-    Scope(Site site, bool loop) : site(site), loop(loop), outer(self().scope) { self().scope = this; }
-    ~Scope() { self().scope = outer; }
-    void next() { round++; }
+    constexpr Scope(Site site, bool loop) : site(site), loop(loop), outer(nullptr) {
+        if (compiling()) return;
+        outer = self().scope;
+        self().scope = this;
+    }
+    constexpr ~Scope() {
+        if (!compiling()) self().scope = outer;
+    }
+    constexpr void next() { round++; }
 };
 
 inline bool same_way(const Scope* a, const Scope* b) {
@@ -171,34 +178,31 @@ inline bool release(size_t from, size_t to, Wait what) {
     return true;
 }
 
-// where a thread is, in words; `beside` is the one named before it, if any
-inline void tell(std::string& text, const Fiber& f, const Fiber* beside) {
-    auto number = [](long n) { return std::to_string(n); };
-    text += (beside ? "; thread " : "thread ") + number(f.index);
-    if (f.done) {
-        text += " has ended";
-        return;
+// where a thread is, in words
+inline std::string place(const Fiber& f) {
+    if (f.done) return "has ended";
+    std::string text = f.wait == at_simd ? "is in a SIMD function of line " : "waits at the barrier of line ";
+    text += std::to_string(f.site.line);
+    for (Scope* s = f.scope; s; s = s->outer) {
+        if (s->loop) text += ", round " + std::to_string(s->round) + " of the loop of line ";
+        else text += ", called from line ";
+        text += std::to_string(s->site.line);
     }
-    bool another = beside && !beside->done && beside->wait == f.wait && beside->site.line == f.site.line
-        && same_way(beside->scope, f.scope); // only the columns differ
-    text += f.wait == at_simd ? " is in " : " waits at ";
-    text += another ? "another" : f.wait == at_simd ? "a" : "the";
-    text += (f.wait == at_simd ? " SIMD function of line " : " barrier of line ") + number(f.site.line);
-    for (Scope* s = f.scope; s; s = s->outer)
-        text += s->loop ? ", round " + number(s->round) + " of the loop of line " + number(s->site.line)
-                        : ", called from line " + number(s->site.line);
+    return text;
 }
 
 inline void divergence(size_t n) {
-    std::string text;
+    std::string text, words, before;
     const Fiber* last = nullptr;
     int shown = 0;
     for (size_t t = 0; t < n && shown < 3; t++) {
         Fiber& f = world().fibers[t];
         if (last && same_place(f, *last)) continue; // where its neighbour is
-        tell(text, f, last);
+        words = place(f);
+        text += (shown++ ? "; thread " : "thread ") + std::to_string(f.index) + " " + words;
+        if (words == before) text += " too, in another call"; // only the columns differ
+        before = words;
         last = &f;
-        shown++;
     }
     complain("the threads of a group went different ways: %s", text.c_str());
 }

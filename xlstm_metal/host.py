@@ -88,18 +88,25 @@ def _closing(text: str, at: int) -> int: # at: of an opening parenthesis
     return at # nothing closes it, which the compiler will say
 
 def _count_loops(text: str) -> str:
-    "Loops of `while` and `do` count their rounds."
+    "Loops of `while` and `do` count their rounds; a `#pragma` for them has nothing to say here."
     def one(m): # what ends with a semicolon has no rounds of its own
         end = text[_closing(text, m.end() - 1) + 1:].lstrip()[:1] == ";"
         return m[0] if end else m[0].replace("while", "WHILE")
+    text = re.sub(r"(?m)^[ \t]*#pragma.*$", "", text)
     text = re.sub(r"\bwhile\s*\(", one, text)
     return re.sub(r"\bdo\s*\{", "LOOP do { host_loop.next();", text)
 
+# %% ../nbs/03_host.ipynb #ce6b9d7b
+def _is_declared(name: str, text: str) -> bool: # name: of a function, which the text before it may have promised
+    return any(_depth(text, m.start()) == 0 for m in re.finditer(rf"\b{name}\s*\([^;{{}}]*\)\s*;", text))
+
 def _know_callers(text: str) -> str: # text: of a header
-    "Functions know where they are called from."
+    "Functions know where they are called from, unless declared earlier: then the callers' arguments are settled."
     def one(m):
         before = text[:m.start()].rstrip()
-        if _depth(text, m.start()) or "constexpr" in re.split("[;}]", before)[-1]: return m[0]
+        head = re.split("[;}]", before)[-1]
+        name = re.search(r"(\w+)\s*\(", head)
+        if _depth(text, m.start()) or not name or _is_declared(name[1], before[:-len(head)]): return m[0]
         return f"{'' if before.endswith('(') else ', '}CALLER) {{ CALLED"
     return re.sub(r"\)\s*\{", one, text)
 
@@ -124,7 +131,7 @@ def _checked(name: str, text: str, template: dict, header: bool = False) -> str:
     types = {*_ctypes.values(), "short", "ushort", "long", "ulong", *template}
     if line := _find_unchecked_array(text, types):
         raise KernelFault(f"{name}, line {line}: declare an array alone, in one dimension and without values")
-    text = _count_loops(_fill_variables(text, {*types, *re.findall(r"\b(?:class|typename) (\w+)", text)} - {"bool"}))
+    text = _count_loops(_fill_variables(text, {*types, "uint3", *re.findall(r"\b(?:class|typename) (\w+)", text)} - {"bool"}))
     return _know_callers(text) if header else text
 
 def _name_headers(message: str, includes: list[str]) -> str:
