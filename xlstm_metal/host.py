@@ -110,6 +110,11 @@ def _know_callers(text: str) -> str: # text: of a header
         return f"{'' if before.endswith('(') else ', '}CALLER) {{ CALLED"
     return re.sub(r"\)\s*\{", one, text)
 
+# %% ../nbs/03_host.ipynb #f4572c39
+def _find_calling_macro(text: str) -> int | None: # line of the first, from 1
+    for m in re.finditer(r"#\s*define\s+\w+(?:\([^)]*\))?((?:.*\\\n)*.*)", text):
+        if re.search(r"\w\s*\(", m[1]): return text.count("\n", 0, m.start()) + 1
+
 # %% ../nbs/03_host.ipynb #897bd676
 def _constants(template: dict) -> list[str]:
     "Template parameters as C++ declarations."
@@ -131,6 +136,7 @@ def _checked(name: str, text: str, template: dict, header: bool = False) -> str:
     types = {*_ctypes.values(), "short", "ushort", "long", "ulong", *template}
     if line := _find_unchecked_array(text, types):
         raise KernelFault(f"{name}, line {line}: declare an array alone, in one dimension and without values")
+    if line := _find_calling_macro(text): raise KernelFault(f"{name}, line {line}: write a function, not a macro with calls")
     text = _count_loops(_fill_variables(text, {*types, "uint3", *re.findall(r"\b(?:class|typename) (\w+)", text)} - {"bool"}))
     return _know_callers(text) if header else text
 
