@@ -191,18 +191,22 @@ inline std::string place(const Fiber& f) {
     return text;
 }
 
+inline bool is_among(const Fiber& f, const std::vector<const Fiber*>& others) {
+    for (auto* o : others)
+        if (same_place(f, *o)) return true;
+    return false;
+}
 inline void divergence(size_t n) {
     std::string text, words, before;
-    const Fiber* last = nullptr;
-    int shown = 0;
-    for (size_t t = 0; t < n && shown < 3; t++) {
-        Fiber& f = world().fibers[t];
-        if (last && same_place(f, *last)) continue; // where its neighbour is
+    std::vector<const Fiber*> shown; // one for each place
+    for (size_t t = 0; t < n && shown.size() < 3; t++) {
+        const Fiber& f = world().fibers[t];
+        if (is_among(f, shown)) continue;
         words = place(f);
-        text += (shown++ ? "; thread " : "thread ") + std::to_string(f.index) + " " + words;
+        text += (shown.empty() ? "thread " : "; thread ") + std::to_string(f.index) + " " + words;
         if (words == before) text += " too, in another call"; // only the columns differ
         before = words;
-        last = &f;
+        shown.push_back(&f);
     }
     complain("the threads of a group went different ways: %s", text.c_str());
 }
