@@ -10,6 +10,10 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#ifndef __clang__
+#include <source_location>
+#endif
+#include <string>
 #include <vector>
 #include <ucontext.h>
 typedef unsigned int uint;
@@ -18,8 +22,26 @@ typedef unsigned long ulong;
 struct uint3 { uint x, y, z; };
 
 namespace host {
+#ifdef __clang__
+struct Here {
+    int l, c;
+    static constexpr Here current(int l = __builtin_LINE(), int c = __builtin_COLUMN()) { return {l, c}; }
+    constexpr int line() const { return l; }
+    constexpr int column() const { return c; }
+};
+#else
+typedef std::source_location Here;
+#endif
+struct Site { // a call in the kernel, or a loop
+    int line, column;
+    constexpr Site(int line = 0, int column = 0) : line(line), column(column) {}
+    constexpr Site(const Here& h) : line(h.line()), column(h.column()) {}
+    bool operator==(const Site& s) const { return line == s.line && column == s.column; }
+};
+
 // ---- a thread is a fiber: it has a stack of its own and runs until it must wait for others
 enum Wait { nothing, at_barrier, at_simd };
+struct Scope;
 struct Fiber {
     ucontext_t start;         // where it begins, on its own stack
     jmp_buf here;             // where it waits
@@ -28,7 +50,9 @@ struct Fiber {
     uint index;               // the latter as one number
     bool begun, done;
     Wait wait;                // what it waits for,
-    int line;                 // and at which line of the kernel
+    Site site;                // in which call,
+    Scope* scope;             // and in which loops and functions
+    int line;                 // the line of its last access
     uint ops;                 // SIMD functions so far
     uint fences[2];           // SIMD group barriers so far: for device, for threadgroup memory
 };
@@ -72,10 +96,11 @@ struct Fault {}; // leaves the thread that made it
 }
 
 // stop here, until the scheduler comes back to this thread
-inline void wait(Wait why, int line) {
+inline void wait(Wait why, Site site) {
     Fiber& f = self();
     f.wait = why;
-    f.line = line;
+    f.site = site;
+    f.line = site.line;
     if (!_setjmp(f.here)) _longjmp(world().scheduler, 1);
 }
 
@@ -105,40 +130,85 @@ inline void resume(Fiber& f) {
 }
 
 // show a value, wait for the other 31, see theirs
-inline const Slot* exchange(const Slot& mine, int line) {
+inline const Slot* exchange(const Slot& mine, Site site) {
     World& w = world();
     Fiber& f = self();
     size_t turn = (f.ops & 1) * w.fibers.size();
     Slot* s = &w.slots[turn + f.index / 32 * 32];
     s[f.index % 32] = mine;
     f.ops++;
-    wait(at_simd, line);
+    wait(at_simd, site);
     return s;
+}
+
+// a loop or a function of a header that this thread is in; a compiler that computes a constant is no thread
+constexpr bool compiling() { return __builtin_is_constant_evaluated(); }
+struct Scope {
+    Site site;      // of the loop, or of the call
+    bool loop;
+    uint round = 0; // of the loop, from 1
+    Scope* outer;
+    constexpr Scope(Site site, bool loop) : site(site), loop(loop), outer(nullptr) {
+        if (compiling()) return;
+        outer = self().scope;
+        self().scope = this;
+    }
+    constexpr ~Scope() {
+        if (!compiling()) self().scope = outer;
+    }
+    constexpr void next() { round++; }
+};
+
+inline bool same_way(const Scope* a, const Scope* b) {
+    for (; a && b; a = a->outer, b = b->outer)
+        if (!(a->site == b->site) || a->round != b->round) return false;
+    return a == b; // both at the end
+}
+inline bool same_place(const Fiber& a, const Fiber& b) {
+    if (a.done || b.done) return a.done && b.done;
+    return a.wait == b.wait && a.site == b.site && same_way(a.scope, b.scope);
 }
 
 // let threads go on if all of them wait at the same place
 inline bool release(size_t from, size_t to, Wait what) {
     auto& f = world().fibers;
     for (size_t t = from; t < to; t++)
-        if (f[t].done || f[t].wait != what || f[t].line != f[from].line) return false;
+        if (f[t].done || f[t].wait != what || !same_place(f[t], f[from])) return false;
     for (size_t t = from; t < to; t++) f[t].wait = nothing;
     return true;
 }
 
-inline void divergence(size_t n) {
-    char where[3][80] = {};
-    int shown = 0, last = -2;
-    for (size_t t = 0; t < n && shown < 3; t++) {
-        Fiber& f = world().fibers[t];
-        int at = f.done ? -1 : f.line;
-        if (at == last) continue; // where its neighbour is
-        last = at;
-        const char* is = f.done ? "%sthread %u has ended" : f.wait == at_simd
-            ? "%sthread %u is in a SIMD function of line %d" : "%sthread %u waits at the barrier of line %d";
-        snprintf(where[shown], sizeof where[shown], is, shown ? ", " : "", f.index, f.line);
-        shown++;
+// where a thread is, in words
+inline std::string place(const Fiber& f) {
+    if (f.done) return "has ended";
+    std::string text = f.wait == at_simd ? "is in a SIMD function of line " : "waits at the barrier of line ";
+    text += std::to_string(f.site.line);
+    for (Scope* s = f.scope; s; s = s->outer) {
+        if (s->loop) text += ", round " + std::to_string(s->round) + " of the loop of line ";
+        else text += ", called from line ";
+        text += std::to_string(s->site.line);
     }
-    complain("the threads of a group went different ways: %s%s%s", where[0], where[1], where[2]);
+    return text;
+}
+
+inline bool is_among(const Fiber& f, const std::vector<const Fiber*>& others) {
+    for (auto* o : others)
+        if (same_place(f, *o)) return true;
+    return false;
+}
+inline void divergence(size_t n) {
+    std::string text, words, before;
+    std::vector<const Fiber*> shown; // one for each place
+    for (size_t t = 0; t < n && shown.size() < 3; t++) {
+        const Fiber& f = world().fibers[t];
+        if (is_among(f, shown)) continue;
+        words = place(f);
+        text += (shown.empty() ? "thread " : "; thread ") + std::to_string(f.index) + " " + words;
+        if (words == before) text += " too, in another call"; // only the columns differ
+        before = words;
+        shown.push_back(&f);
+    }
+    complain("the threads of a group went different ways: %s", text.c_str());
 }
 
 // run one threadgroup of n threads to its end, or to the first fault
@@ -151,6 +221,7 @@ inline void run_group(size_t n) {
         f.begun = f.done = false;
         f.ops = f.fences[0] = f.fences[1] = 0;
         f.wait = nothing;
+        f.scope = nullptr;
     }
     while (!failed()) {
         size_t left = 0;
@@ -347,15 +418,15 @@ template <class T, long N> struct Local : Memory<T> {
     Ref<T> operator[](const At& a) { return Ref<T>{this, a}; }
 };
 
-template <class T> T pick(const Slot* s, uint lane, int line) {
-    if (lane > 31) fault("line %d: lane %u of a SIMD group, which has 32", line, lane);
+template <class T> T pick(const Slot* s, uint lane, Site site) {
+    if (lane > 31) fault("line %d: lane %u of a SIMD group, which has 32", site.line, lane);
     return (T)s[lane].v[0];
 }
 // the butterfly of a GPU: the same order of additions
-template <class T, class F> T fold(T x, F f, int line) {
+template <class T, class F> T fold(T x, F f, Site site) {
     for (uint step = 16; step; step /= 2) {
-        const Slot* s = exchange(Slot{{(double)x}}, line);
-        x = f(x, pick<T>(s, self().index % 32 ^ step, line));
+        const Slot* s = exchange(Slot{{(double)x}}, site);
+        x = f(x, pick<T>(s, self().index % 32 ^ step, site));
     }
     return x;
 }
@@ -415,9 +486,20 @@ inline void launch(void (*body)(), uint* grid, uint* threads) {
     sigaction(SIGFPE, &theirs, nullptr);
 }
 
-struct Arg { void* data; long n; int shape[8]; };
+struct Arg { void* data; long n; int ndim, shape[8]; };
+struct Shape { // of an input
+    const char* name;
+    Arg* arg;
+    int operator[](const At& a) const {
+        self().line = a.line;
+        if (a.i < 0 || a.i >= arg->ndim)
+            fault("line %d: %s_shape[%ld] is out of bounds: %s has %d dimension%s",
+                  a.line, name, a.i, name, arg->ndim, arg->ndim == 1 ? "" : "s");
+        return arg->shape[a.i];
+    }
+};
 
-template <class T> void bind(Memory<T>& m, Arg& a, const char* name, bool output, int* shape) {
+template <class T> void bind(Memory<T>& m, Arg& a, const char* name, bool output) {
     m.name = name;
     m.space = device_;
     m.writable = output;
@@ -428,7 +510,6 @@ template <class T> void bind(Memory<T>& m, Arg& a, const char* name, bool output
         m.touch.resize(m.n);
         memset(a.data, 0xff, a.n * sizeof(T));
     }
-    memcpy(shape, a.shape, sizeof a.shape);
 }
 
 inline void all_written(Watched& m) {
@@ -452,7 +533,7 @@ inline int report(char* error, int room) {
 #define device
 #define constant
 #define thread
-#define LINE int line = __builtin_LINE()
+#define SITE host::Here site = host::Here::current()
 #define thread_position_in_grid (host::self().grid)
 #define thread_position_in_threadgroup (host::self().local)
 #define threadgroup_position_in_grid (host::world().group)
@@ -511,41 +592,41 @@ inline int min(int a, int b) { return a < b ? a : b; }
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 
 enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
-inline void threadgroup_barrier(mem_flags flags, LINE) {
+inline void threadgroup_barrier(mem_flags flags, SITE) {
     host::world().flags = (int)flags;
-    host::wait(host::at_barrier, line);
+    host::wait(host::at_barrier, site);
 }
-inline void simdgroup_barrier(mem_flags flags, LINE) {
-    host::exchange(host::Slot{}, line);
+inline void simdgroup_barrier(mem_flags flags, SITE) {
+    host::exchange(host::Slot{}, site);
     for (int space = 0; space < 2; space++)
         if ((int)flags >> space & 1) host::self().fences[space]++;
 }
 
-inline float simd_sum(float x, LINE) {
-    return host::fold(x, [](float a, float b) { return a + b; }, line);
+inline float simd_sum(float x, SITE) {
+    return host::fold(x, [](float a, float b) { return a + b; }, site);
 }
-inline float simd_max(float x, LINE) {
-    return host::fold(x, [](float a, float b) { return a > b ? a : b; }, line);
+inline float simd_max(float x, SITE) {
+    return host::fold(x, [](float a, float b) { return a > b ? a : b; }, site);
 }
-template <class T> T simd_shuffle(T x, ushort lane, LINE) {
-    return host::pick<T>(host::exchange(host::Slot{{(double)x}}, line), lane, line);
+template <class T> T simd_shuffle(T x, ushort lane, SITE) {
+    return host::pick<T>(host::exchange(host::Slot{{(double)x}}, site), lane, site);
 }
-template <class T> T simd_shuffle_xor(T x, ushort mask, LINE) {
-    return simd_shuffle(x, host::self().index % 32 ^ mask, line);
+template <class T> T simd_shuffle_xor(T x, ushort mask, SITE) {
+    return simd_shuffle(x, host::self().index % 32 ^ mask, site);
 }
-template <class T> T simd_broadcast(T x, ushort lane, LINE) { return simd_shuffle(x, lane, line); }
-inline float simd_prefix_inclusive_sum(float x, LINE) {
+template <class T> T simd_broadcast(T x, ushort lane, SITE) { return simd_shuffle(x, lane, site); }
+inline float simd_prefix_inclusive_sum(float x, SITE) {
     uint lane = host::self().index % 32;
     for (uint step = 1; step < 32; step *= 2) {
-        const host::Slot* s = host::exchange(host::Slot{{x}}, line);
-        if (lane >= step) x += host::pick<float>(s, lane - step, line);
+        const host::Slot* s = host::exchange(host::Slot{{x}}, site);
+        if (lane >= step) x += host::pick<float>(s, lane - step, site);
     }
     return x;
 }
 
-// an 8 by 8 matrix of a SIMD group: two neighbours of a row in each lane
+// an 8 by 8 matrix of a SIMD group: two neighbours of a row in each lane, NaN at first
 struct simdgroup_float8x8 {
-    float e[2];
+    float e[2] = {NAN, NAN};
     float* thread_elements() { return e; }
 };
 template <long N> struct Matrices { // an array of them; its elements are changed in place
@@ -571,25 +652,25 @@ inline uint holder(uint r, uint c) { // the lane of an element
 
 template <class T, int R, int C> simdgroup_float8x8 make_filled_simdgroup_matrix(T x) { return {{x, x}}; }
 template <class P>
-void simdgroup_load(simdgroup_float8x8& m, P&& p, ulong ld, int = 0, bool transpose = false, LINE) {
+void simdgroup_load(simdgroup_float8x8& m, P&& p, ulong ld, int = 0, bool transpose = false, SITE) {
     uint r, c;
     place(host::self().index % 32, r, c);
     for (uint j = 0; j < 2; j++)
-        m.e[j] = (float)p[host::At(transpose ? (c + j) * ld + r : r * ld + c + j, line)];
-    host::exchange(host::Slot{}, line);
+        m.e[j] = (float)p[host::At(transpose ? (c + j) * ld + r : r * ld + c + j, site.line())];
+    host::exchange(host::Slot{}, site);
 }
-template <class P> void simdgroup_store(simdgroup_float8x8 m, P&& p, ulong ld, LINE) {
+template <class P> void simdgroup_store(simdgroup_float8x8 m, P&& p, ulong ld, SITE) {
     uint r, c;
     place(host::self().index % 32, r, c);
-    for (uint j = 0; j < 2; j++) p[host::At(r * ld + c + j, line)] = m.e[j];
-    host::exchange(host::Slot{}, line);
+    for (uint j = 0; j < 2; j++) p[host::At(r * ld + c + j, site.line())] = m.e[j];
+    host::exchange(host::Slot{}, site);
 }
 
 // d = a b + c: every lane shows its elements of a and b and computes its two of d
 inline void simdgroup_multiply_accumulate(
-    simdgroup_float8x8& d, simdgroup_float8x8 a, simdgroup_float8x8 b, simdgroup_float8x8 c, LINE
+    simdgroup_float8x8& d, simdgroup_float8x8 a, simdgroup_float8x8 b, simdgroup_float8x8 c, SITE
 ) {
-    const host::Slot* s = host::exchange(host::Slot{{a.e[0], a.e[1], b.e[0], b.e[1]}}, line);
+    const host::Slot* s = host::exchange(host::Slot{{a.e[0], a.e[1], b.e[0], b.e[1]}}, site);
     uint r, k;
     place(host::self().index % 32, r, k);
     for (uint j = 0; j < 2; j++) {
@@ -603,9 +684,25 @@ inline void simdgroup_multiply_accumulate(
     }
 }
 inline void simdgroup_multiply(
-    simdgroup_float8x8& d, simdgroup_float8x8 a, simdgroup_float8x8 b, LINE
+    simdgroup_float8x8& d, simdgroup_float8x8 a, simdgroup_float8x8 b, SITE
 ) {
-    simdgroup_multiply_accumulate(d, a, b, simdgroup_float8x8{{0, 0}}, line);
+    simdgroup_multiply_accumulate(d, a, b, simdgroup_float8x8{{0, 0}}, site);
 }
 }
 using namespace metal;
+
+// ---- what a kernel's text becomes
+namespace host {
+struct Unset { // the value of a variable that has none yet
+    template <class T> operator T() const {
+        T v;
+        memset((void*)&v, 0xff, sizeof v); // NaN, or -1
+        return v;
+    }
+};
+}
+#define CALLER host::Here host_caller = host::Here::current()
+#define CALLED host::Scope host_call(host_caller, false);
+#define LOOP if (host::Scope host_loop({__LINE__, __COUNTER__}, true); false) {} else
+#define for(...) LOOP for (__VA_ARGS__) if (host_loop.next(), false) {} else
+#define WHILE(...) LOOP while (__VA_ARGS__) if (host_loop.next(), false) {} else

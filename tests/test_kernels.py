@@ -227,3 +227,56 @@ def test_the_text_is_cuda_too(kernel, launches, tmp_path):
     (tmp_path / "k.cu").write_text("\n".join(whole))
     r = subprocess.run(["nvcc", "-std=c++17", "-arch=sm_90a", "-ptx", "-o", tmp_path / "k.ptx", tmp_path / "k.cu"], capture_output=True, text=True)
     assert r.returncode == 0, r.stdout + r.stderr
+
+
+@pytest.fixture(params=["clang++", "g++"])
+def compiler(request, monkeypatch):
+    "One of the compilers that the host may find."
+    if shutil.which(request.param) is None: pytest.skip(f"no {request.param}")
+    path = shutil.which(request.param)
+    monkeypatch.setattr(host_module.shutil, "which", lambda name: path if name == request.param else None)
+    monkeypatch.setattr(host_module, "_loaded", {})
+
+
+FEW = "thread_index_in_simdgroup < 16"
+TO_Y = "y[thread_position_in_grid.x] ="
+LOOPS = "float sum = 0.0f;\nuint n = {} ? 3 : 2;\nfor (uint i = 0; i < 6 / n; i++)\nfor (uint j = 0; j < n; j++) sum += simd_sum(1.0f);\n" + f"{TO_Y} sum;"
+BARRIERS = "if ({}) threadgroup_barrier(mem_flags::mem_device); else threadgroup_barrier(mem_flags::mem_device);\n" + f"{TO_Y} 0.0f;"
+
+
+@pytest.mark.parametrize("text, says, right", [
+    (f"{TO_Y} {{}} ? simd_sum(1.0f) : simd_max(1.0f);", "thread 16 is in a SIMD function of line 1 too, in another call", 32),
+    (f"{TO_Y} {{}} ? simd_sum(1.0f) : simd_sum(2.0f);", "thread 16 is in a SIMD function of line 1 too, in another call", 32),
+    (BARRIERS, "thread 16 waits at the barrier of line 1 too, in another call", 0),
+    (LOOPS, "round 3 of the loop of line 4, round 1 of the loop of line 3; thread 16", 192),
+])
+def test_every_compiler_tells_calls_apart(compiler, text, says, right):
+    def go(text): return run("turn", text, dict(x=mx.ones(32)), dict(y=((32,), mx.float32)), (32, 1, 1), (32, 1, 1), {})[0]
+    with pytest.raises(host_module.KernelFault, match=says): go(text.format(FEW))
+    assert mx.array_equal(go(text.format("true")), mx.full((32,), right))
+
+
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+
+
+@pytest.mark.parametrize("function, name, old, new, says", [
+    ("mlstm_recurrent", "mlstm_recurrent", f"{BARRIER}\n    if", f"if (slice) {BARRIER} else {BARRIER}\n    if", r"thread \d+ waits at the barrier of line (\d+), round 1 of the loop of line 18; .* line \1, round 1 .* too, in another call"),
+    ("mlstm_chunkwise", "mlstm_chunk_output", "store_tile(acc, stage + 0, group);", "if (group < 4) {0} else {0}", r"barrier of line \d+ of tiles.h, called from line (\d+); thread 128 .* called from line \1 too, in another call"),
+    ("head_norm_gate", "head_norm_gate", "h_shape[3]", "eps_shape[1]", r"line 3: eps_shape\[1\] is out of bounds: eps has 1 dimension$"),
+    ("mlstm_chunkwise", "mlstm_chunk_state", "float total =", "double total =", "Metal has no `double`"),
+    ("causal_conv1d", "causal_conv1d", "uint ", "static uint ", "Metal has no `static` variables"),
+])
+def test_faults_in_our_own_texts(host, monkeypatch, function, name, old, new, says):
+    text = kernel_source(f"{name}.metal")
+    monkeypatch.setitem(metal.live_sources, f"{name}.metal", text.replace(old, new.format(old), 1))
+    assert old in text
+    with pytest.raises(host_module.KernelFault, match=says): mx.eval(getattr(cells, function)(*PUBLIC[function][0]))
+
+
+def test_a_matrix_that_nobody_filled_shows(host, monkeypatch):
+    text = kernel_source("mlstm_chunk_output.metal")
+    args = PUBLIC["mlstm_chunkwise"][0]
+    assert not mx.isnan(cells.mlstm_chunkwise(*args)[0]).any()
+    assert text.count("clear_tile(acc);") == 1
+    monkeypatch.setitem(metal.live_sources, "mlstm_chunk_output.metal", text.replace("clear_tile(acc);", ""))
+    assert mx.isnan(cells.mlstm_chunkwise(*args)[0]).all()

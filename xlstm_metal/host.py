@@ -12,11 +12,45 @@ import mlx.core as mx
 import numpy as np
 from .kernel_text import kernel_source
 
+# %% ../nbs/03_host.ipynb #f5c4618a
+_SPACES = "device constant threadgroup thread threadgroup_imageblock object_data ray_data".split()
+_RESERVED = {*_SPACES, "kernel", "vertex", "fragment", "half", "bfloat"}
+_no_name = "`{}` is a word of Metal and no name"
+_REFUSED = [ # patterns of texts, and what there is to say about their group
+    (r"\b(double|goto|new|throw|try|virtual|dynamic_cast|typeid|thread_local)\b", "Metal has no `{}`"),
+    (r"(?:\A|[=(,{};:?&|!]|\breturn)\s*(\[)(?!\[)", "Metal has no lambdas"),
+    (r"\b(kernel|vertex|fragment)\b", _no_name),
+    (rf"\b({'|'.join(_SPACES)})\b(?=\s*[=;,\[\](){{])", _no_name),
+    (r"\b(half|bfloat)\s*(?:=(?!=)|\[)", _no_name),
+    (r"\b(?!(?:const|volatile|class|typename)\b)\w+\s+(half|bfloat)\s*[;,)]", _no_name),
+]
+
+# %% ../nbs/03_host.ipynb #1dee256b
+def _blank_comments(text: str) -> str: # of the same length and lines
+    return re.sub(r"//[^\n]*|/\*(?:.|\n)*?\*/", lambda m: re.sub("[^\n]", " ", m[0]), text)
+
+def _depth(text: str, at: int) -> int: # how many blocks are open there
+    return text.count("{", 0, at) - text.count("}", 0, at)
+
+def _refusal(
+    text: str, # without comments
+    header: bool = False, # of functions; else the body of a kernel
+) -> str | None: # a sentence that begins with the line
+    "The first thing in a text that a Metal compiler refuses and a C++ compiler may take."
+    found = [(m.start(1), says.format(m[1])) for pattern, says in _REFUSED for m in re.finditer(pattern, text)]
+    for m in re.finditer(r"\bstatic\b", text):
+        if not header or _depth(text, m.start()): found.append((m.start(), "Metal has no `static` variables in a function"))
+    for m in re.finditer(r"\bthreadgroup\s+\w+\s+(\w+)\s*[\[;=]", text):
+        before = text[:m.start()].rstrip()[-1:] # what ends: nothing or a statement, unless it is nested
+        if before not in ("(", ",") and (header or _depth(text, m.start()) or before not in ("", ";", "}")):
+            found.append((m.start(), f"declare the threadgroup memory {m[1]} in the kernel, outside of functions, blocks and loops"))
+    if found: return "line {}: {}".format(text.count("\n", 0, min(found)[0]) + 1, min(found)[1])
+
 # %% ../nbs/03_host.ipynb #4a2ba50c
 _ctypes = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat16_t",
            mx.int32: "int", mx.uint32: "uint", mx.bool_: "bool"}
 
-def _translate(text: str) -> str:
+def _watch_arrays(text: str) -> str:
     "Arrays declared in a kernel become memory that checks."
     array = r"(\w+)\s+(\w+)\s*\[([^\]]+)\]\s*;"
     text = re.sub(r"\bthreadgroup\s+" + array, r'static host::Shared<\1> \2(\3, "\2");', text)
@@ -24,11 +58,64 @@ def _translate(text: str) -> str:
     return re.sub(r"\b(?!return\b|else\b)" + array, r'host::Local<\1, (\3)> \2("\2");', text)
 
 def _find_unchecked_array(text: str, types: set[str]) -> int | None: # line of the first, from 1
-    "Find arrays that `_translate` did not change: several at once, with values, of two dimensions."
-    text = re.sub("//.*", "", text)
+    "Find arrays that `_watch_arrays` did not change: several at once, with values, of two dimensions."
     m = re.search(rf"\b(?:{'|'.join(types)})\s+\w+(?:\s*,\s*\w+)*\s*\[", text)
     return m and text.count("\n", 0, m.start()) + 1
 
+
+# %% ../nbs/03_host.ipynb #c4b06971
+def _split(text: str) -> list[str]:
+    "The parts between commas that are in no brackets."
+    depth, parts = 0, [""]
+    for c in text:
+        depth += (c in "([<") - (c in ")]>")
+        if c == "," and depth == 0: parts.append("")
+        else: parts[-1] += c
+    return parts
+
+def _fill_variables(text: str, types: set[str]) -> str: # types: of the variables
+    "Variables that are declared without a value are NaN, or have all bits set."
+    def one(d): return f"{d.rstrip()} = host::Unset()" if re.fullmatch(r"\s*\w+\s*", d) else d
+    def declaration(m): return m[1] + ",".join(map(one, _split(m[2]))) + ";"
+    return re.sub(rf"((?:\A|(?<=[;{{}}]))\s*(?:{'|'.join(types)})\s)([^;{{}}]+);", declaration, text)
+
+# %% ../nbs/03_host.ipynb #ccea9f27
+def _closing(text: str, at: int) -> int: # at: of an opening parenthesis
+    depth = 0
+    for j in range(at, len(text)):
+        depth += (text[j] == "(") - (text[j] == ")")
+        if depth == 0: return j
+    return at # nothing closes it, which the compiler will say
+
+def _count_loops(text: str) -> str:
+    "Loops of `while` and `do` count their rounds; a `#pragma` for them has nothing to say here."
+    def one(m): # what ends with a semicolon has no rounds of its own
+        end = text[_closing(text, m.end() - 1) + 1:].lstrip()[:1] == ";"
+        return m[0] if end else m[0].replace("while", "WHILE")
+    text = re.sub(r"(?m)^[ \t]*#pragma.*$", "", text)
+    text = re.sub(r"\bwhile\s*\(", one, text)
+    return re.sub(r"\bdo\s*\{", "LOOP do { host_loop.next();", text)
+
+# %% ../nbs/03_host.ipynb #ce6b9d7b
+def _is_declared(name: str, text: str) -> bool: # name: of a function, which the text before it may have promised
+    return any(_depth(text, m.start()) == 0 for m in re.finditer(rf"\b{name}\s*\([^;{{}}]*\)\s*;", text))
+
+def _know_callers(text: str) -> str: # text: of a header
+    "Functions know where they are called from, unless declared earlier: then the callers' arguments are settled."
+    def one(m):
+        before = text[:m.start()].rstrip()
+        head = re.split("[;}]", before)[-1]
+        name = re.search(r"(\w+)\s*\(", head)
+        if _depth(text, m.start()) or not name or _is_declared(name[1], before[:-len(head)]): return m[0]
+        return f"{'' if before.endswith('(') else ', '}CALLER) {{ CALLED"
+    return re.sub(r"\)\s*\{", one, text)
+
+# %% ../nbs/03_host.ipynb #f4572c39
+def _find_calling_macro(text: str) -> int | None: # line of the first, from 1
+    for m in re.finditer(r"#\s*define\s+\w+(?:\([^)]*\))?((?:.*\\\n)*.*)", text):
+        if re.search(r"\w\s*\(", m[1]): return text.count("\n", 0, m.start()) + 1
+
+# %% ../nbs/03_host.ipynb #897bd676
 def _constants(template: dict) -> list[str]:
     "Template parameters as C++ declarations."
     def one(name, v):
@@ -36,18 +123,22 @@ def _constants(template: dict) -> list[str]:
         return f"constexpr {'bool' if isinstance(v, bool) else 'int'} {name} = {str(v).lower()};"
     return [one(*kv) for kv in template.items()]
 
-# %% ../nbs/03_host.ipynb #897bd676
 class KernelFault(RuntimeError):
     "A kernel did something that a GPU would not forgive, or does not compile."
 
 _APART = 10_000 # lines of the first header begin here, those of the second at twice as much
 
-def _checked(name: str, text: str, template: dict) -> str: # name of the file
-    "A text whose arrays check; one that cannot is an error."
-    text = _translate(text)
-    if line := _find_unchecked_array(text, {*_ctypes.values(), "short", "ushort", "long", "ulong", *template}):
+def _checked(name: str, text: str, template: dict, header: bool = False) -> str: # name of the file
+    "A text that checks itself; one that cannot, or that Metal refuses, is an error."
+    text = _blank_comments(text)
+    if refused := _refusal(text, header): raise KernelFault(f"{name}, {refused}")
+    text = _watch_arrays(text)
+    types = {*_ctypes.values(), "short", "ushort", "long", "ulong", *template}
+    if line := _find_unchecked_array(text, types):
         raise KernelFault(f"{name}, line {line}: declare an array alone, in one dimension and without values")
-    return text
+    if line := _find_calling_macro(text): raise KernelFault(f"{name}, line {line}: write a function, not a macro with calls")
+    text = _count_loops(_fill_variables(text, {*types, "uint3", *re.findall(r"\b(?:class|typename) (\w+)", text)} - {"bool"}))
+    return _know_callers(text) if header else text
 
 def _name_headers(message: str, includes: list[str]) -> str:
     "A fault's line numbers as lines of headers, where they are."
@@ -59,24 +150,27 @@ def _program(name: str, text: str, inputs: dict, outputs: dict, template: dict, 
     "A kernel as a C++ file; `inputs` and `outputs` are name -> dtype."
     types = inputs | outputs
     for n, t in types.items():
+        if n in _RESERVED: raise KernelFault(f"kernel {name}: {_no_name.format(n)}")
         if t not in _ctypes: raise KernelFault(f"kernel {name}: {n} is {t}, which kernels here do not know")
     lines = ['#include "host.h"', "namespace kernel {", *_constants(template)]
     for j, h in enumerate(includes, 1):
-        lines += [f'#line {j * _APART + 1} "{h}.h"', _checked(f"header {h}", kernel_source(f"{h}.h"), template)]
+        lines += [f'#line {j * _APART + 1} "{h}.h"', _checked(f"header {h}", kernel_source(f"{h}.h"), template, header=True)]
     for n, t in types.items():
         lines += [f"static host::Memory<{_ctypes[t]}> {n}_memory;",
-                  f"static host::Ptr<{_ctypes[t]}> {n}{{&{n}_memory, 0}};", f"static int {n}_shape[8];"]
+                  f"static host::Ptr<{_ctypes[t]}> {n}{{&{n}_memory, 0}};"]
+    lines += [f'static host::Shape {n}_shape{{"{n}"}};' for n in inputs] # as MLX, which gives none of outputs
     body = _checked(f"kernel {name}", text, template)
     lines += ["static void body() {", f'#line 1 "{name}.metal"', body, "}",
               'extern "C" int run(host::Arg* args, uint* grid, uint* threads, char* error, int room) {']
     for j, n in enumerate(types):
-        lines.append(f'host::bind({n}_memory, args[{j}], "{n}", {str(n in outputs).lower()}, {n}_shape);')
+        lines.append(f'host::bind({n}_memory, args[{j}], "{n}", {str(n in outputs).lower()});')
+        if n in inputs: lines.append(f"{n}_shape.arg = &args[{j}];")
     lines += ["host::launch(body, grid, threads);", *[f"host::all_written({n}_memory);" for n in outputs]]
     return "\n".join([*lines, "return host::report(error, room);", "}", "}"])
 
 # %% ../nbs/03_host.ipynb #0fa0c07a
 class _Arg(ctypes.Structure): # as in host.h
-    _fields_ = [("data", ctypes.c_void_p), ("n", ctypes.c_long), ("shape", ctypes.c_int * 8)]
+    _fields_ = [("data", ctypes.c_void_p), ("n", ctypes.c_long), ("ndim", ctypes.c_int), ("shape", ctypes.c_int * 8)]
 
 _loaded = {} # C++ text -> function
 
@@ -94,7 +188,7 @@ def _build(name: str, text: str):
         (stem / "host.h").write_text(header)
         (stem / "kernel.cpp").write_text(text)
         part = stem / f"{os.getpid()}.so"
-        flags = ["-std=c++17", "-Og", "-w", "-shared", "-fPIC", "-U_FORTIFY_SOURCE"]
+        flags = ["-std=c++20", "-Og", "-w", "-shared", "-fPIC", "-U_FORTIFY_SOURCE"]
         r = subprocess.run([compiler, *flags, "-o", part, stem / "kernel.cpp"], capture_output=True, text=True)
         if r.returncode: raise KernelFault(f"kernel {name} does not compile: {r.stderr[:2000]}")
         os.replace(part, lib)
@@ -137,7 +231,7 @@ def run(
     dtypes = {n: a.dtype for n, a in inputs.items()}, {n: t for n, (_, t) in outputs.items()}
     f = _build(name, _program(name, text, *dtypes, template, includes))
     arrays = [_to_numpy(a) for a in inputs.values()] + [_to_numpy(mx.zeros(s, t)) for s, t in outputs.values()]
-    args = (_Arg * len(arrays))(*[_Arg(a.ctypes.data, a.size, (ctypes.c_int * 8)(*a.shape)) for a in arrays])
+    args = (_Arg * len(arrays))(*[_Arg(a.ctypes.data, a.size, a.ndim, (ctypes.c_int * 8)(*a.shape)) for a in arrays])
     error, three = ctypes.create_string_buffer(2000), ctypes.c_uint * 3
     with _one_launch: failed = f(args, three(*grid), three(*threads), error, 2000)
     if failed: raise KernelFault(f"kernel {name}, {_name_headers(error.value.decode(), includes)}")
@@ -167,8 +261,8 @@ def metal_diagnostics(
     kernel, # a `Kernel`: whose text to check, with its headers
     types: dict[str, mx.Dtype] = {}, # of inputs and outputs that are not float32
     **template, # constants of the text
-) -> list[str]: # empty if a Metal compiler would have nothing to say about pointers and conversions
-    """Check address spaces and narrowing conversions of a kernel's text (needs the package `libclang`).
+) -> list[str]: # empty if a Metal compiler would have nothing to say
+    """What Metal refuses in a kernel's text, its address spaces and narrowing conversions (needs the package `libclang`).
 
     Args:
         kernel: a `Kernel`: whose text to check, with its headers
@@ -176,13 +270,16 @@ def metal_diagnostics(
         **template: constants of the text
 
     Returns:
-        empty if a Metal compiler would have nothing to say about pointers and conversions
+        empty if a Metal compiler would have nothing to say
     """
     from clang.cindex import Diagnostic, Index
     flags = ["-std=c++17", "-Wall", "-Wconversion", "-Wno-sign-conversion", "-Wno-unused"]
+    texts = [(f"kernel {kernel.name}", f"{kernel.name}.metal"), *[(f"{h}.h", f"{h}.h") for h in kernel.includes]]
+    refused = [(name, _refusal(_blank_comments(kernel_source(file)), file.endswith(".h"))) for name, file in texts]
     parts = _metal_parts(kernel, types, template)
     whole = "\n".join(text for _, text in parts)
     unit = Index.create().parse("kernel.cpp", args=flags, unsaved_files=[("kernel.cpp", whole)])
     lines = [(name, j) for name, text in parts for j in range(1, text.count("\n") + 2)]
     found = [d for d in unit.diagnostics if d.severity >= Diagnostic.Warning]
-    return ["{}, line {}: {}".format(*lines[d.location.line - 1], d.spelling) for d in found]
+    return [f"{name}, {says}" for name, says in refused if says] \
+        + ["{}, line {}: {}".format(*lines[d.location.line - 1], d.spelling) for d in found]
