@@ -37,11 +37,13 @@ def _argmax_source(m, i):
     "Where each maximum comes from: 0 is the state, t+1 token t (N, S)."
     return mx.cummax(mx.where(m == i, mx.arange(1, i.shape[1] + 1), 0), axis=1)
 
-def _stabiliser(i, log_f, m, source): # (N, S), (N, S), (N,), (N, S)
-    "m after each token (N, S), as a function of the gates for given sources."
-    b = mx.cumsum(mx.concatenate([mx.zeros_like(m)[:, None], log_f], axis=1), axis=1)
-    start = mx.concatenate([m[:, None], i], axis=1) - b
-    return b[:, 1:] + mx.take_along_axis(start, source, axis=1)
+def _sums_behind(x, goes_on):
+    "x_t, and where `goes_on` the sum of the next position too (N, S)."
+    step = 1
+    while step < x.shape[1]:
+        later_x, later_on = (mx.pad(a[:, step:], [(0, 0), (0, step)]) for a in (x, goes_on))
+        x, goes_on, step = x + goes_on * later_x, goes_on * later_on, 2 * step
+    return x
 
 # %% ../../nbs/cells/15_mlstm_chunk_gradients.ipynb #b8c7fb48
 def _intra_chunk_sums(reads, writes, dg): # (N, S) twice, (N, NC)
@@ -51,13 +53,14 @@ def _intra_chunk_sums(reads, writes, dg): # (N, S) twice, (N, NC)
     sums = mx.cumsum(cut(reads), -1, reverse=True) + mx.cumsum(cut(writes), -1, inclusive=False)
     return (sums + dg[..., None]).reshape(N, -1)[:, :S]
 
-def _gate_gradients(reads, writes, dg, dm, start, end, last):
-    "Gradients of i, log_f and the first m through the states; `start`, `end`: dC C + dn n there (N,)."
-    steps = mx.arange(1, reads.shape[1] + 1)
-    behind = mx.cumsum(reads - writes, 1, reverse=True) + dm[:, None]
-    dlog_f = mx.where(steps > last[:, None], behind, _intra_chunk_sums(reads, writes, dg))
-    di = writes + mx.where(steps == last[:, None], (dm - end)[:, None], 0)
-    return di, dlog_f, mx.where(last == 0, behind[:, 0], start)
+def _gate_gradients(di, dlog_f, totals, dm, source):
+    "Gradients of i, log_f and the first m: the sums as they are, but none that has the entry of a source in it."
+    is_source = source == mx.arange(1, di.shape[1] + 1)
+    x = mx.where(is_source, dlog_f, totals - di)
+    goes_on = mx.pad(1. - is_source, [(0, 0), (0, 1)])
+    dlog_f = _sums_behind(mx.concatenate([x, dm[:, None]], axis=1), goes_on)
+    di = mx.where(is_source, totals + dlog_f[:, 1:] - dlog_f[:, :-1], di)
+    return di, dlog_f[:, :-1], dlog_f[:, 0]
 
 # %% ../../nbs/cells/15_mlstm_chunk_gradients.ipynb #25ec3633
 def _rows_gradient(rows, results, kept, cotangents, eps):
@@ -80,14 +83,11 @@ def _rows_gradient(rows, results, kept, cotangents, eps):
     dq, reads = _input_grad(dnum, dden, states, n_states, inter_chunk_decay, dweights, k, q, False)
     dk, writes = _input_grad(v, mx.ones((N, S)), dstates, dn_states, decay_to_end, dweights, q, k, True)
     dv = _run_output(k, weights, dnum, dstates, decay_to_end, decay_to_end, transposed=True)
-    dC0, dn0 = dstates[:, 0], dn_states[:, 0]
-    def inner(x, y, a, b): return (x * y).sum((1, 2)) + (a * b).sum(1)
-    source = _argmax_source(m_rows, i)
-    ends = inner(dC0, C, dn0, n), inner(dC, C1, dn, n1)
-    through = _gate_gradients(reads, writes, dg.sum(-1), dm, *ends, source[:, -1])
-    _, scaling = mx.vjp(partial(_stabiliser, source=source), [i, log_f, m], [eps * ddenom])
-    di, dlog_f, dm0 = (a + b for a, b in zip(through, scaling))
-    return dq, dk, dv, di + di_chunk, dlog_f + dlog_f_chunk, dC0, dn0, dm0
+    totals = mx.where(denom_sign == 0, (dh * h).sum(-1) + eps * ddenom, 0)
+    dlog_f = dlog_f_chunk + _intra_chunk_sums(reads, writes, dg.sum(-1))
+    gates = _gate_gradients(di_chunk + writes, dlog_f, totals, dm, _argmax_source(m_rows, i))
+    di, dlog_f, dm0 = gates
+    return dq, dk, dv, di, dlog_f, dstates[:, 0], dn_states[:, 0], dm0
 
 # %% ../../nbs/cells/15_mlstm_chunk_gradients.ipynb #8ee6df9b
 def _results_as_rows(h, state) -> tuple: # h, C, n, m
