@@ -38,10 +38,9 @@ for (uint l0 = 0; l0 < length; l0 += 32) {
             multiply_tile<TRANSPOSE, false>(acc, left, right, group, l);
 }
 
-// divide and write
+// what is read, over the denominator
 store_tile(acc, stage + 0, group);
 for (uint e = t; e < 4096; e += 256) {
     uint r = e / 64, c = col0 + e % 64;
-    float den = TRANSPOSE || r >= length ? 1.0f : denom[first + r];
-    if (r < length && c < E) out[(first + r) * E + c] = stage[r * 72 + e % 64] / den;
+    if (r < length && c < E) out[(first + r) * E + c] = stage[r * 72 + e % 64] * (TRANSPOSE ? 1.0f : gain[first + r]);
 }

@@ -47,13 +47,13 @@ for (uint row = 0; row < 64; row++) {
     float dot = 0.0f;
     for (uint d = lane; d < DQK && row < length; d += 32)
         dot += static_cast<float>(q[token * DQK + d]) * n_states[before * DQK + d];
-    float carry = scale * metal::exp(b + m0 - m1), floor = metal::exp(-m1);
-    float den = simd_sum(w0 + w1) + carry * simd_sum(dot);
+    float carry = scale * metal::exp(b + m0 - m1), den = simd_sum(w0 + w1) + carry * simd_sum(dot);
+    float top = metal::max(m1, 0.0f), shrink = metal::exp(m1 - top), floor = metal::exp(-top);
     if (lane == 0 && row < length) {
         m[token] = m1;
         inter_chunk_decay[token] = carry;
-        denom[token] = metal::max(metal::abs(den), floor) + eps;
-        denom_sign[token] = metal::abs(den) > floor ? (den > 0.0f ? 1.0f : -1.0f) : 0.0f;
+        gain[token] = shrink / (metal::max(metal::abs(den) * shrink, floor) + eps * shrink);
+        denom_sign[token] = metal::abs(den) * shrink > floor ? (den > 0.0f ? 1.0f : -1.0f) : 0.0f;
     }
 }
 // after the last row the sums are those with which each token survives the chunk

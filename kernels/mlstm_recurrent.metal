@@ -40,7 +40,8 @@ for (uint t = 0; t < S; t++) {
             num += num_parts[s * 32 + lane];
             denom += denom_parts[s * 32 + lane];
         }
-        h[token * DV + col] = num / (metal::max(metal::abs(denom), metal::exp(-m1)) + scalars[1]);
+        float top = metal::max(m1, 0.0f), scale = metal::exp(m1 - top);
+        h[token * DV + col] = num * scale / (metal::max(metal::abs(denom) * scale, metal::exp(-top)) + scalars[1] * scale);
     }
     m0 = m1;
 }

@@ -6,13 +6,14 @@ uint DQK = k_shape[1], DV = v_shape[1];
 
 // gates, as exponents
 float log_f = log_sigmoid(static_cast<float>(f[head])), ig = static_cast<float>(i[head]), m0 = m[head];
-if (!mask[head]) { log_f = 0.0f; ig = -1e9f; }
+bool token = mask[head];
+if (!token) { log_f = 0.0f; ig = -1e9f; }
 float m1 = metal::max(log_f + m0, ig);
 float F = metal::exp(log_f + m0 - m1), I = metal::exp(ig - m1);
 
 // every eighth row of one column, eight of them at once: read, forget, add, read out
 float num = 0.0f, denom = 0.0f;
-float value = col < DV ? static_cast<float>(v[head * DV + col]) : 0.0f;
+float value = token && col < DV ? static_cast<float>(v[head * DV + col]) : 0.0f;
 for (uint d0 = slice; d0 < DQK; d0 += SLICES * 8) {
     float c[8];
     float total[8];
@@ -23,7 +24,7 @@ for (uint d0 = slice; d0 < DQK; d0 += SLICES * 8) {
         bool inside = d < DQK;
         c[j] = inside && col < DV ? C[at * DV + col] : 0.0f;
         total[j] = inside ? n[at] : 0.0f;
-        key[j] = inside ? I * static_cast<float>(k[at]) : 0.0f;
+        key[j] = inside && token ? I * static_cast<float>(k[at]) : 0.0f;
         query[j] = inside ? scalars[0] * static_cast<float>(q[at]) : 0.0f;
     }
     for (uint j = 0; j < 8; j++) {
@@ -48,6 +49,7 @@ if (slice == 0 && col < DV) {
         num += num_parts[s * 32 + lane];
         denom += denom_parts[s * 32 + lane];
     }
-    h[head * DV + col] = num / (metal::max(metal::abs(denom), metal::exp(-m1)) + scalars[1]);
+    float top = metal::max(m1, 0.0f), scale = metal::exp(m1 - top);
+    h[head * DV + col] = num * scale / (metal::max(metal::abs(denom) * scale, metal::exp(-top)) + scalars[1] * scale);
 }
 if (slice == 0 && col == 0) m_out[head] = m1;

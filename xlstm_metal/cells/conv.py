@@ -35,22 +35,24 @@ def _masked(conv, x, w, b, state, mask):
 
 # %% ../../nbs/cells/16_conv.ipynb #4141e246
 def _causal(conv, x, w, b, state, mask):
-    "A convolution without a mask as one with a mask, an optional state and a check of its weights."
+    "A convolution without a mask as one with a mask, an optional state and checks."
     (B, S, C), K = x.shape, w.shape[-1]
+    if not S: raise ValueError("a convolution needs at least one token, got none")
     if w.shape != (C, 1, K) or K < 2:
         raise ValueError(f"weights must have the shape ({C}, 1, K) with K > 1, got {w.shape}")
     state = mx.zeros((B, K - 1, C), x.dtype) if state is None else state.astype(x.dtype)
     if mask is None: return conv(x, w, b, state)
+    x = mx.where(mask[..., None], x, 0) # what is not a number would reach the taps' gradient
     if S > 1: return _masked(conv, x, w, b, state, mask)
     y, kept = conv(x, w, b, state)
-    return y, mx.where(mask[..., None], kept, state)
+    return mx.where(mask[..., None], y, 0), mx.where(mask[..., None], kept, state)
 
 def causal_conv1d_plain(
     x: mx.array, # (B, S, C)
     w: mx.array, # (C, 1, K), K >= 2, last tap newest, as PyTorch's depthwise Conv1d stores it
     b: mx.array, # (C,)
     state: mx.array | None = None, # the last K-1 inputs (B, K-1, C), newest last; None is zeros
-    mask: mx.array | None = None, # (B, S) bool, False leaves the state as it was
+    mask: mx.array | None = None, # (B, S) bool, False leaves the state as it was and gives zeros
 ) -> tuple[mx.array, mx.array]: # y (B, S, C) in the dtype of x, new state
     """Depthwise convolution that sees no later token (xLSTM, arXiv 2405.04517, appendix A).
 
@@ -59,7 +61,7 @@ def causal_conv1d_plain(
         w: (C, 1, K), K >= 2, last tap newest, as PyTorch's depthwise Conv1d stores it
         b: (C,)
         state: the last K-1 inputs (B, K-1, C), newest last; None is zeros
-        mask: (B, S) bool, False leaves the state as it was
+        mask: (B, S) bool, False leaves the state as it was and gives zeros
 
     Returns:
         y (B, S, C) in the dtype of x, new state
@@ -106,7 +108,7 @@ def causal_conv1d(
         w: (C, 1, K), K >= 2, last tap newest, as PyTorch's depthwise Conv1d stores it
         b: (C,)
         state: the last K-1 inputs (B, K-1, C), newest last; None is zeros
-        mask: (B, S) bool, False leaves the state as it was
+        mask: (B, S) bool, False leaves the state as it was and gives zeros
 
     Returns:
         y (B, S, C) in the dtype of x, new state

@@ -37,11 +37,13 @@ def _argmax_source(m, i):
     "Where each maximum comes from: 0 is the state, t+1 token t (N, S)."
     return mx.cummax(mx.where(m == i, mx.arange(1, i.shape[1] + 1), 0), axis=1)
 
-def _stabiliser(i, log_f, m, source): # (N, S), (N, S), (N,), (N, S)
-    "m after each token (N, S), as a function of the gates for given sources."
-    b = mx.cumsum(mx.concatenate([mx.zeros_like(m)[:, None], log_f], axis=1), axis=1)
-    start = mx.concatenate([m[:, None], i], axis=1) - b
-    return b[:, 1:] + mx.take_along_axis(start, source, axis=1)
+def _sums_behind(x, goes_on): # (..., S) twice
+    "x at each position, plus the sum at the next one where `goes_on` is 1 and not 0; in log S steps, without differences."
+    step = 1
+    while step < x.shape[-1]:
+        def later(a): return mx.pad(a[..., step:], [(0, 0)] * (a.ndim - 1) + [(0, step)])
+        x, goes_on, step = x + goes_on * later(x), goes_on * later(goes_on), 2 * step
+    return x
 
 # %% ../../nbs/cells/15_mlstm_chunk_gradients.ipynb #b8c7fb48
 def _intra_chunk_sums(reads, writes, dg): # (N, S) twice, (N, NC)
@@ -51,23 +53,26 @@ def _intra_chunk_sums(reads, writes, dg): # (N, S) twice, (N, NC)
     sums = mx.cumsum(cut(reads), -1, reverse=True) + mx.cumsum(cut(writes), -1, inclusive=False)
     return (sums + dg[..., None]).reshape(N, -1)[:, :S]
 
-def _gate_gradients(reads, writes, dg, dm, start, end, last):
-    "Gradients of i, log_f and the first m through the states; `start`, `end`: dC C + dn n there (N,)."
-    steps = mx.arange(1, reads.shape[1] + 1)
-    behind = mx.cumsum(reads - writes, 1, reverse=True) + dm[:, None]
-    dlog_f = mx.where(steps > last[:, None], behind, _intra_chunk_sums(reads, writes, dg))
-    di = writes + mx.where(steps == last[:, None], (dm - end)[:, None], 0)
-    return di, dlog_f, mx.where(last == 0, behind[:, 0], start)
+def _gate_gradients(di, dlog_f, totals, dm, scaling, cancels, source): # (N, S) but for dm (N,); scaling, cancels: (N, S+1)
+    "Gradients of i, log_f and the first m, from sums that have all entries, the noisy ones of sources too."
+    is_source = source == mx.arange(1, di.shape[1] + 1)
+    same_source = 1. - mx.pad(is_source[:, 1:], [(0, 0), (0, 2)])
+    scaling, cancels = _sums_behind(mx.stack([scaling, cancels * 1.]), same_source)[..., :-1]
+    exact = is_source | (cancels == 0)
+    x = mx.where(exact, mx.where(is_source, dlog_f, dlog_f + scaling), totals - di)
+    dlog_f = _sums_behind(mx.concatenate([x, dm[:, None]], axis=1), mx.pad(1. - exact, [(0, 0), (0, 1)]))
+    at_source = mx.where(cancels == 0, di + scaling, totals + dlog_f[:, 1:] - dlog_f[:, :-1])
+    return mx.where(is_source, at_source, di), dlog_f[:, :-1], dlog_f[:, 0]
 
 # %% ../../nbs/cells/15_mlstm_chunk_gradients.ipynb #25ec3633
 def _rows_gradient(rows, results, kept, cotangents, eps):
     "Gradients of q, k, v, i, log_f, C, n, m from those of h and the last C, n, m."
     (q, k, v, i, log_f, C, n, m), (h, C1, n1, _), (dh, dC, dn, dm) = rows, results, cotangents
-    weights, m_rows, inter_chunk_decay, denom, denom_sign, decay_to_end = kept
+    weights, m_rows, inter_chunk_decay, gain, denom_sign, decay_to_end = kept
     (N, S, DQK), DV, NC = q.shape, v.shape[-1], _num_tiles(q.shape[1])
     f32, scalars = mx.float32, mx.array([DQK**-0.5, eps])
     states, n_states, m_states = _run_states(k, v, i, log_f, C, n, m) # again, rather than kept all the time
-    dnum = dh / denom[..., None]
+    dnum = dh * gain[..., None]
     ddenom = -(dnum * h).sum(-1)
     dden = denom_sign * ddenom
     dstates, dn_states, dg = state_grad_kernel(
@@ -80,14 +85,13 @@ def _rows_gradient(rows, results, kept, cotangents, eps):
     dq, reads = _input_grad(dnum, dden, states, n_states, inter_chunk_decay, dweights, k, q, False)
     dk, writes = _input_grad(v, mx.ones((N, S)), dstates, dn_states, decay_to_end, dweights, q, k, True)
     dv = _run_output(k, weights, dnum, dstates, decay_to_end, decay_to_end, transposed=True)
-    dC0, dn0 = dstates[:, 0], dn_states[:, 0]
-    def inner(x, y, a, b): return (x * y).sum((1, 2)) + (a * b).sum(1)
-    source = _argmax_source(m_rows, i)
-    ends = inner(dC0, C, dn0, n), inner(dC, C1, dn, n1)
-    through = _gate_gradients(reads, writes, dg.sum(-1), dm, *ends, source[:, -1])
-    _, scaling = mx.vjp(partial(_stabiliser, source=source), [i, log_f, m], [eps * ddenom])
-    di, dlog_f, dm0 = (a + b for a, b in zip(through, scaling))
-    return dq, dk, dv, di + di_chunk, dlog_f + dlog_f_chunk, dC0, dn0, dm0
+    totals = mx.where(denom_sign == 0, (dh * h).sum(-1) + eps * ddenom, 0)
+    dlog_f = dlog_f_chunk + _intra_chunk_sums(reads, writes, dg.sum(-1))
+    end = (dC * C1).sum((1, 2)) + (dn * n1).sum(1)
+    scaling = mx.concatenate([eps * ddenom, (dm - end)[:, None]], axis=1)
+    cancels = mx.concatenate([denom_sign != 0, ((dm != 0) | (end != 0))[:, None]], axis=1)
+    di, dlog_f, dm0 = _gate_gradients(di_chunk + writes, dlog_f, totals, dm, scaling, cancels, _argmax_source(m_rows, i))
+    return dq, dk, dv, di, dlog_f, dstates[:, 0], dn_states[:, 0], dm0
 
 # %% ../../nbs/cells/15_mlstm_chunk_gradients.ipynb #8ee6df9b
 def _results_as_rows(h, state) -> tuple: # h, C, n, m

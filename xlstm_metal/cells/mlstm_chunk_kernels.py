@@ -8,14 +8,16 @@ __all__ = ['state_kernel', 'weights_kernel', 'output_kernel', 'recurrent_kernel'
 # %% ../../nbs/cells/14_mlstm_chunk_kernels.ipynb #807f2629
 import mlx.core as mx
 from ..metal import Kernel, dispatch
-from .mlstm import empty_state, log_gates, mlstm_recurrent_plain
+from .mlstm import _at_tokens, _check_tokens, empty_state, log_gates, mlstm_recurrent_plain
 from .mlstm_step_kernel import cell_example, fits
 
 # %% ../../nbs/cells/14_mlstm_chunk_kernels.ipynb #4e643540
 def _as_rows(q, k, v, i, f, state, mask) -> tuple: # q, k, v, i, log_f, C, n, m
     "Arguments of an mLSTM with batch and heads as one axis N and log gates; m loses its last axis."
+    _check_tokens(q)
     B, NH, S, DQK = q.shape
-    wide, gates = [x.reshape(B * NH, S, -1) for x in (q, k, v)], [x.reshape(B * NH, S) for x in log_gates(i, f, mask)]
+    wide = [x.reshape(B * NH, S, -1) for x in (q, _at_tokens(k, mask), _at_tokens(v, mask))]
+    gates = [x.reshape(B * NH, S) for x in log_gates(i, f, mask)]
     C, n, m = state or empty_state(B, NH, DQK, v.shape[-1])
     return *wide, *gates, C.reshape(B * NH, DQK, -1), n.reshape(B * NH, DQK), m.reshape(B * NH)
 
@@ -28,8 +30,8 @@ def _as_heads(B, NH, h, C, n, m) -> tuple: # h, (C, n, m)
 state_kernel = Kernel("mlstm_chunk_state", ["k", "v", "i", "log_f", "C", "n", "m"],
                       ["states", "n_states", "m_states"], ["tiles"])
 weights_kernel = Kernel("mlstm_chunk_weights", ["q", "k", "i", "log_f", "n_states", "m_states", "scalars"],
-                        ["weights", "m", "inter_chunk_decay", "denom", "denom_sign", "decay_to_end"], ["tiles"])
-output_kernel = Kernel("mlstm_chunk_output", ["x", "w", "y", "states", "a", "denom"], ["out"], ["tiles"])
+                        ["weights", "m", "inter_chunk_decay", "gain", "denom_sign", "decay_to_end"], ["tiles"])
+output_kernel = Kernel("mlstm_chunk_output", ["x", "w", "y", "states", "a", "gain"], ["out"], ["tiles"])
 
 def _num_tiles(n: int) -> int: return -(-n // 64)
 _tile = dict(threads=(32, 8, 1)) # eight SIMD groups
@@ -42,23 +44,23 @@ def _run_states(k, v, i, log_f, C, n, m):
                         grid=(_num_tiles(DV) * 32, _num_tiles(DQK) * 8, N), **_tile)
 
 def _run_weights(q, k, i, log_f, n_states, m_states, scalars):
-    "Weights (N, NC, 64, 64), and for each token m, inter-chunk decay, denominator, its sign (0 at the floor), decay to the end."
+    "Weights (N, NC, 64, 64), and for each token m, inter-chunk decay, one over the denominator, its sign (0 at the floor), decay to the end."
     (N, S, _), NC = q.shape, _num_tiles(q.shape[1])
     return weights_kernel(q, k, i, log_f, n_states, m_states, scalars, dtypes=[mx.float32] * 6,
                           shapes=[(N, NC, 64, 64)] + [(N, S)] * 5, grid=(32, NC * 8, N), **_tile)
 
-def _run_output(x, weights, y, states, a, denom, transposed: bool = False):
-    "What rows x, scaled by a, read from the states, and weights from y; divided by `denom`, unless transposed."
+def _run_output(x, weights, y, states, a, gain, transposed: bool = False):
+    "What rows x, scaled by a, read from the states, and weights from y; times `gain`, unless transposed."
     (N, S, _), E = x.shape, y.shape[-1]
-    return output_kernel(x, weights, y, states, a, denom, TRANSPOSE=transposed, dtypes=[mx.float32],
+    return output_kernel(x, weights, y, states, a, gain, TRANSPOSE=transposed, dtypes=[mx.float32],
                          shapes=[(N, S, E)], grid=(_num_tiles(E) * 32, _num_tiles(S) * 8, N), **_tile)[0]
 
 def _launch_rows(q, k, v, i, log_f, C, n, m, eps):
     "Three launches for any number of tokens: h, C, n, m, and what `_run_weights` returned."
     states, n_states, m_states = _run_states(k, v, i, log_f, C, n, m)
     rows = _run_weights(q, k, i, log_f, n_states, m_states, mx.array([q.shape[-1]**-0.5, eps]))
-    weights, _, inter_chunk_decay, denom, *_ = rows
-    h = _run_output(q, weights, v, states, inter_chunk_decay, denom)
+    weights, _, inter_chunk_decay, gain, *_ = rows
+    h = _run_output(q, weights, v, states, inter_chunk_decay, gain)
     return h, states[:, -1], n_states[:, -1], m_states[:, -1], *rows
 
 # %% ../../nbs/cells/14_mlstm_chunk_kernels.ipynb #d50a5369

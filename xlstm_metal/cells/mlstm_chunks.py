@@ -7,7 +7,7 @@ __all__ = ['chunk_states', 'mlstm_chunkwise_plain']
 
 # %% ../../nbs/cells/12_mlstm_chunks.ipynb #bebf6006
 import mlx.core as mx
-from .mlstm import LOG_ZERO, chunk_readout, empty_state, log_decay, log_gates
+from .mlstm import LOG_ZERO, _at_tokens, _check_tokens, chunk_readout, empty_state, log_decay, log_gates
 
 # %% ../../nbs/cells/12_mlstm_chunks.ipynb #3dce8ed2
 def chunk_states(
@@ -62,6 +62,7 @@ def mlstm_chunkwise_plain(
     Returns:
         h (B, NH, S, DV) float32, state after the last token
     """
+    _check_tokens(q)
     B, NH, S, _ = q.shape
     L = min(chunk_size, S)
     NC = -(-S // L)
@@ -70,7 +71,7 @@ def mlstm_chunkwise_plain(
         return mx.pad(x, behind, constant_values=fill).reshape(B, NH, NC, L, *x.shape[3:])
     i, log_f = log_gates(i, f, mask)
     i, log_f = cut(i, LOG_ZERO), cut(log_f)
-    q, k, v = (cut(x.astype(mx.float32)) for x in (q, k, v))
+    q, k, v = (cut(x.astype(mx.float32)) for x in (q, _at_tokens(k, mask), _at_tokens(v, mask)))
     D, b = log_decay(log_f) + i[..., None, :], mx.cumsum(log_f, -1)
     state = state or empty_state(B, NH, k.shape[-1], v.shape[-1])
     before, state = chunk_states(k, v, D[..., -1, :], b[..., -1], state)

@@ -8,13 +8,14 @@ __all__ = ['step_kernel', 'mlstm_step', 'fits', 'cell_example']
 # %% ../../nbs/cells/13_mlstm_step_kernel.ipynb #2196660f
 import mlx.core as mx
 from ..metal import Kernel, dispatch, samples
-from .mlstm import empty_state, mlstm_step_plain
+from .mlstm import _check_one_token, empty_state, mlstm_step_plain
 
 # %% ../../nbs/cells/13_mlstm_step_kernel.ipynb #eb58a1fe
 step_kernel = Kernel("mlstm_step", ["q", "k", "v", "i", "f", "C", "n", "m", "mask", "scalars"],
                      ["h", "C_out", "n_out", "m_out"], ["gates"])
 
 def _launch_step(q, k, v, i, f, state, mask, eps):
+    _check_one_token(q)
     (B, NH, _, DQK), DV, slices = k.shape, v.shape[-1], 8
     N, (C, n, m) = B * NH, state or empty_state(B, NH, DQK, DV)
     mask = mx.broadcast_to(mx.ones((B, 1), mx.bool_) if mask is None else mask, (B, NH)).reshape(N)

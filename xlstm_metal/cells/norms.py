@@ -136,7 +136,7 @@ def head_norm_gate_plain(
     Returns:
         (B, S, NH*DV)
     """
-    return mx.sigmoid(o) * _head_norm(h, w, b, eps, o.dtype)
+    return (mx.sigmoid(o) * _head_norm(h, w, b, eps, o.dtype)).astype(o.dtype)
 
 # %% ../../nbs/cells/10_norms.ipynb #45014cc2
 norm_kernel = Kernel("head_norm_gate", ["h", "o", "w", "b", "eps"], ["y"], ["gates", "row_norm"])
