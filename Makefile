@@ -15,9 +15,9 @@ SERIAL := $(if $(filter Darwin,$(OS)),--n_workers 0)
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test browser parity docs lab export clean
+.PHONY: help demo test browser parity docs lab export gpu-report clean
 help:            ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 16
 
 demo: .venv/run         ## stream text from the bundled model
 	$(BIN)/xlstm-metal generate --prompt 'class Queue:' --max-tokens 120
@@ -49,6 +49,9 @@ export: .venv/dev       ## package, kernels and README from the notebooks
 	$(BIN)/python -c 'from xlstm_metal.kernel_text import export_kernels; export_kernels()'
 	$(BIN)/nbdev_clean
 	$(BIN)/python docs/readme.py
+
+gpu-report: .venv/run   ## check and time all kernels on this machine's GPU
+	$(BIN)/python tests/gpu.py --report build/gpu-report
 
 clean:          ## remove everything that make made
 	rm -rf .venv .venv-parity build dist *.egg-info

@@ -1,20 +1,26 @@
 """The kernels on this machine's GPU: how far from float64, and how fast against the plain form.
 
-    python tests/gpu.py [norm] [step] [sequence] [gradient] [conv] [slstm] [decode] [bits] [wiring] [training] [--quick]
+    python tests/gpu.py [norm] [step] [sequence] [gradient] [conv] [slstm] [long] [decode] [bits] [wiring] [training] [--quick] [--report FOLDER]
 
 Without names all parts. A row is a kernel and a size: worst relative error of the kernel and of the plain form against float64 on
 the same inputs, and the time of both (ten calls in flight together, median over rounds, compiled except for chunks). Exits with 1
 if a kernel is further than 1e-5 from float64, or 1e-2 where the result has 16 bits. Sizes named 7B are those of one block of
 xLSTM 7B. In the rows of `wiring` the two times are those of a wiring and of a loop over the same blocks; in those of `bits`, of
-quantised weights and of bfloat16. `--quick` takes the small sizes only; with XLSTM_METAL_KERNELS=host it runs anywhere.
+quantised weights and of bfloat16. `--quick` takes the small sizes only; with XLSTM_METAL_KERNELS=host it runs anywhere. A row that
+cannot be measured says why, and the others follow. `--report` also writes them into a folder, as gpu.json and as a page, gpu.md:
+what `make gpu-report` does, and what to attach to an issue.
 """
 import argparse
+import json
 import os
+import platform
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 
 os.environ.setdefault("XLSTM_METAL_KERNELS", "on")
 import mlx.core as mx  # noqa: E402
@@ -180,7 +186,7 @@ def slstm64(x, R, b, state, form=slstm_definition):
 
 def flat(x):
     "All arrays in a nest of tuples and lists."
-    return [x] if isinstance(x, mx.array) else [a for part in x for a in flat(part)]
+    return [x] if hasattr(x, "shape") else [a for part in x for a in flat(part)]
 
 
 def error(got, want):
@@ -204,6 +210,20 @@ def seconds(f, make, compiled, calls=10, budget=1.0):
         one_round()
         times.append((time.perf_counter() - start) / calls)
     return float(np.median(times))
+
+
+def mixed_rows(case, sizes, seed=0, **how):
+    "Inputs of a cell, the first row of which has read nothing."
+    *x, state = case(*sizes, seed=seed, **how)
+    return *x, tuple(a * mx.minimum(mx.arange(a.shape[0]), 1).reshape(-1, *[1] * (a.ndim - 1)) for a in state)
+
+
+def last_head(f):
+    "What a form computes for the last of the heads; the definition is given no other, since it would take hours."
+    def g(*args):
+        args = [[a[:, -1:] for a in x] if isinstance(x, tuple) else x[:, -1:] for x in args] if f is cell64 else args
+        return [a[:, -1:] for a in flat(f(*args))]
+    return g
 
 
 def with_gradient(f, weights=(0, 1)):
@@ -230,7 +250,16 @@ def cases(quick):
     for sizes in ((2, 3, 9, 5), (1, 2, 20, 64), (1, 1, 6, 130)): yield "slstm", f"sLSTM {sizes}", *slstm, partial(slstm_case, *sizes), 1e-5, False
     slstm_back = (*map(slstm_gradient, slstm[:2]), partial(slstm64, form=slstm_gradient(slstm_definition)))
     for sizes in ((2, 3, 9, 5), (1, 2, 20, 64), (1, 1, 6, 130)): yield "slstm", f"sLSTM gradient {sizes}", *slstm_back, partial(slstm_case, *sizes), 1e-5, False
+    mixed = partial(mixed_rows, slstm_case, sizes=(3, 2, 40, 16))
+    yield "long", "sLSTM, fresh and used rows", *slstm, mixed, 1e-5, False
+    yield "long", "sLSTM gradient, fresh and used rows", *slstm_back, mixed, 1e-5, False
+    rows = partial(mixed_rows, cell_case, sizes=(3, 2, 150, 70, 130), dtype=f32)
+    yield "long", "sequence, fresh and used rows", *chunks, rows, 1e-5, False
+    yield "long", "gradient, fresh and used rows", *back, rows, 1e-5, False
     if quick: return
+    for S in (8192, 16384):
+        yield "long", f"7B prompt of {S}", *map(last_head, chunks), partial(cell_case, 1, 8, S, 256, 512, bf16), 1e-5, False
+    yield "long", "7B there and back, 8192", *back[:2], None, partial(cell_case, 1, 8, 8192, 256, 512, bf16), 1e-5, False
     for B, NH, S, DH in ((1, 4, 1, 64), (1, 8, 2048, 64), (8, 8, 2048, 64), (1, 4, 2048, 256)):
         yield "slstm", f"sLSTM {B} x {S}, {NH} heads of {DH}", *slstm, partial(slstm_case, B, NH, S, DH), 1e-5, False
     yield "slstm", "sLSTM there and back, 8 x 512", *slstm_back[:2], None, partial(slstm_case, 8, 8, 512, 64), 1e-5, False
@@ -247,9 +276,9 @@ def cases(quick):
 
 
 def decoders(quick, blocks=8):
-    "Models whose decode step is timed: the bundled one, and some blocks of the size of xLSTM 7B."
+    "Models whose decode step is timed: the bundled one, and some blocks of the size of xLSTM 7B where they fit well into memory."
     yield "bundled model", xm.load(dtype=mx.bfloat16)[0]
-    if quick: return
+    if quick or .45e9 * blocks > .4 * mx.device_info().get("memory_size", float("inf")): return
     model = Model(xLSTMConfig.from_dict(vocab_size=50304, hidden_size=4096, num_hidden_layers=blocks, num_heads=8))
     model.update(tree_map(lambda p: (.02 * mx.random.normal(p.shape)).astype(mx.bfloat16), model.parameters()))
     mx.eval(model.parameters()) # or a compiled step would draw them anew each time
@@ -392,42 +421,89 @@ def kernels(mode):
     finally: os.environ["XLSTM_METAL_KERNELS"] = before
 
 
-PARTS = "norm", "step", "sequence", "gradient", "conv", "slstm", "decode", "bits", "wiring", "training"
+PARTS = "norm", "step", "sequence", "gradient", "conv", "slstm", "long", "decode", "bits", "wiring", "training"
+
+
+def measure(case):
+    "A row of a kernel: errors against float64, times, and whether the kernel is too far."
+    part, name, kernel, plain, exact, make, bound, whole = case
+    row, x = dict(part=part, name=name), make()
+    if exact is not None:
+        want = exact(*x)
+        row |= dict(kernel_error=error(kernel(*x), want), plain_error=error(plain(*x), want))
+        row["failed"] = not row["kernel_error"] < bound
+    return row | dict(kernel_ms=1e3 * seconds(kernel, make, whole), plain_ms=1e3 * seconds(plain, make, whole))
+
+
+def measure_training(quick):
+    ours, plain, k, s = training(quick)
+    print("losses with kernels:", *(f"{x:.4f}" for x in ours[::max(1, len(ours) // 8)]))
+    print("losses without:     ", *(f"{x:.4f}" for x in plain[::max(1, len(plain) // 8)]))
+    return dict(part="training", name="small model, a training step", kernel_ms=1e3 * k, plain_ms=1e3 * s,
+                furthest_losses=float(np.abs(ours - plain).max()), failed=not np.abs(ours - plain).max() < 1e-2)
+
+
+def rows(parts, quick):
+    "All rows; one that cannot be measured has the reason."
+    def tried(part, name, f):
+        try: return f()
+        except (RuntimeError, ValueError, AssertionError) as e: return dict(part=part, name=name, failed=True, error=f"{type(e).__name__}: {str(e)[:2000]}")
+    for case in cases(quick):
+        if case[0] in parts: yield tried(*case[:2], partial(measure, case))
+        mx.clear_cache()
+    for part, f in (("decode", decode), ("bits", bits), ("wiring", wiring)):
+        more, row = f(quick) if part in parts else iter(()), True
+        while row := tried(part, part, lambda: next(more, None)):
+            yield row if isinstance(row, dict) else dict(part=part, name=row[0], kernel_ms=1e3 * row[1], plain_ms=1e3 * row[2])
+    if "training" in parts: yield tried("training", "training", partial(measure_training, quick))
+
+
+TITLES = dict(name="", kernel_error="kernel err", plain_error="plain err", kernel_ms="kernel ms", plain_ms="plain ms", speed_up="speed-up")
+
+
+def written(row):
+    "The cells of a row."
+    if "error" in row: return [row["name"], row["error"]]
+    def number(key, form): return form.format(row[key]) if key in row else ""
+    return [row["name"], number("kernel_error", "{:.1e}"), number("plain_error", "{:.1e}"), number("kernel_ms", "{:.3f}"), number("plain_ms", "{:.3f}"),
+            f"{row['plain_ms'] / row['kernel_ms']:.2f}" + "  FAIL" * row.get("failed", False)]
+
+
+def write_report(folder, about, found):
+    folder.mkdir(parents=True, exist_ok=True)
+    about |= dict(failed=sum(r.get("failed", False) for r in found), launches=metal.kernel_report())
+    (folder / "gpu.json").write_text(json.dumps(about | dict(rows=found), indent=1))
+    lines = [f"# Kernels on {about['device'].get('device_name', about['kernels'])}", "", f"{len(found)} rows, {about['failed']} failed.", ""]
+    lines += [f"- {k}: {json.dumps(v) if isinstance(v, dict) else v}" for k, v in about.items()]
+    lines += ["", f"| {' | '.join(TITLES.values())} |", "| --- " * len(TITLES) + "|", *(f"| {' | '.join(c.replace(chr(10), ' ').replace('|', '/') for c in written(r))} |" for r in found)]
+    (folder / "gpu.md").write_text("\n".join(lines) + "\n")
+    print(f"written: {folder / 'gpu.json'} and {folder / 'gpu.md'}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS))
     parser.add_argument("--quick", action="store_true", help="small sizes only")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="write gpu.json and gpu.md there")
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS): parser.error(f"there is no part {', '.join(sorted(unknown))}")
-    parts = args.parts or PARTS
     where = metal.backend()
     if where is None: sys.exit("there is no GPU that MLX can use; XLSTM_METAL_KERNELS=host runs the kernels on the CPU")
+    about = dict(kernels=where, device=dict(mx.device_info()), system=platform.platform(), macos=platform.mac_ver()[0], python=platform.python_version(),
+                 mlx=mx.__version__, xlstm_metal=xm.__version__, command=" ".join(["tests/gpu.py", *args.parts, *["--quick"] * args.quick]))
     print(f"kernels on: {where}, {mx.device_info().get('device_name', mx.default_device())}, MLX {mx.__version__}")
-    print(f"{'':<34}{'kernel err':>11}{'plain err':>11}{'kernel ms':>11}{'plain ms':>11}{'speed-up':>10}")
-    failed = 0
-    for part, name, kernel, plain, exact, make, bound, whole in cases(args.quick):
-        if part not in parts: continue
-        x, errors, bad = make(), "", False
-        if exact is not None:
-            e, p = error(kernel(*x), want := exact(*x)), error(plain(*x), want)
-            errors, bad = f"{e:>11.1e}{p:>11.1e}", not e < bound
-        k, s = seconds(kernel, make, whole), seconds(plain, make, whole)
-        print(f"{name:<34}{errors:>22}{1e3 * k:>11.3f}{1e3 * s:>11.3f}{s / k:>10.2f}{'  FAIL' if bad else ''}", flush=True)
-        failed += bad
-        mx.clear_cache()
-    for part, rows in (("decode", decode), ("bits", bits), ("wiring", wiring)):
-        for name, k, s in rows(args.quick) if part in parts else ():
-            print(f"{name:<46}{'':>10}{1e3 * k:>11.3f}{1e3 * s:>11.3f}{s / k:>10.2f}", flush=True)
-    if "training" in parts:
-        ours, plain, k, s = training(args.quick)
-        far = np.abs(ours - plain).max()
-        print(f"{'small model, a training step':<34}{'':>22}{1e3 * k:>11.3f}{1e3 * s:>11.3f}{s / k:>10.2f}")
-        print("losses with kernels:", *(f"{x:.4f}" for x in ours[::max(1, len(ours) // 8)]))
-        print("losses without:     ", *(f"{x:.4f}" for x in plain[::max(1, len(plain) // 8)]), f"(furthest apart {far:.0e})")
-        failed += not far < 1e-2
-    return int(failed > 0)
+    print(f"{'':<46}" + "".join(f"{title:>11}" for title in list(TITLES.values())[1:]))
+    found, about["warnings"] = [], []
+    def note(message, *where, **more):
+        about["warnings"].append(str(message))
+        print(message, file=sys.stderr, flush=True)
+    warnings.showwarning = note
+    for row in rows(args.parts or PARTS, args.quick):
+        name, *rest = written(row)
+        print(f"{name:<46}" + "".join(f"{cell:>11}" for cell in rest), flush=True)
+        found.append(row)
+    if args.report: write_report(args.report, about, found)
+    return int(any(r.get("failed") for r in found))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from mlx_lm.models.cache import ArraysCache
 import xlstm_metal as xm
 from xlstm_metal import cells, host as host_module, metal
 from xlstm_metal.cells import conv, mlstm_chunk_gradients, mlstm_chunk_kernels, mlstm_step_kernel, norms, slstm
-from xlstm_metal.cells.mlstm_step_kernel import cell_example
 from xlstm_metal.generation.generate import Sampling, tokens
 from xlstm_metal.generation.state import State
 from xlstm_metal.host import run
@@ -30,13 +29,26 @@ FOLDER = Path(__file__).parents[1] / "kernels"
 MODULES = conv, norms, mlstm_step_kernel, mlstm_chunk_kernels, mlstm_chunk_gradients, slstm
 KERNELS = sorted({k for m in MODULES for k in vars(m).values() if isinstance(k, metal.Kernel)}, key=lambda k: k.name)
 NAMES = [k.name for k in KERNELS]
+DISPATCHED = {f"{m.__name__.rpartition('.')[2]}.{n}": f for m in MODULES for n, f in vars(m).items() if hasattr(f, "tested") and f.__module__ == m.__name__}
+
+
+def mlstm_args(S, DQK=9, DV=34):
+    *inputs, C, n, m = metal.samples(*[(1, 2, *s) for s in ((S, DQK), (S, DQK), (S, DV), (S,), (S,), (DQK, DV), (DQK,), (1,))])
+    return *inputs, (C, n, m)
+
+
+def slstm_args(S, B=2, NH=2, DH=9):
+    x, R, b, y, c, n, m = metal.samples((B, NH, S, 4, DH), (NH, 4, DH, DH), (NH, 4, DH), *[(B, NH, DH)] * 4)
+    return x, R, b, (y, c, 1 + mx.abs(n), m)
+
+
 # public function -> arguments, and a kernel that it must have launched
 PUBLIC = {
-    "mlstm_step": (cell_example(1), "mlstm_step"),
-    "mlstm_recurrent": (cell_example(5), "mlstm_recurrent"),
-    "mlstm_chunkwise": (cell_example(70), "mlstm_chunk_output"),
-    "slstm_step": (slstm._slstm_example(S=1), "slstm_sequence"),
-    "slstm_sequence": (slstm._slstm_example(), "slstm_sequence"),
+    "mlstm_step": (mlstm_args(1), "mlstm_step"),
+    "mlstm_recurrent": (mlstm_args(5), "mlstm_recurrent"),
+    "mlstm_chunkwise": (mlstm_args(70), "mlstm_chunk_output"),
+    "slstm_step": (slstm_args(1), "slstm_sequence"),
+    "slstm_sequence": (slstm_args(5), "slstm_sequence"),
     "causal_conv1d": (metal.samples((2, 9, 5), (5, 1, 4), (5,)), "causal_conv1d"),
     "head_norm_gate": (metal.samples((1, 2, 5, 33), (1, 5, 66), (66,)), "head_norm_gate"),
 }
@@ -135,39 +147,146 @@ def as_if_metal(monkeypatch):
     monkeypatch.setattr(metal, "_compile_kernel", compile_on_host)
     for k in KERNELS:
         monkeypatch.setattr(k, "compiled", {})
-        monkeypatch.setattr(k, "passed", None)
+    for f in DISPATCHED.values(): f.tested.clear()
     metal.launch_counts.clear()
 
 
-def test_self_tests_run_once_on_a_mac(as_if_metal):
-    tried = [k for k in KERNELS if k.self_test]
-    assert {k.name for k in tried} == {"head_norm_gate", "mlstm_step", "mlstm_recurrent", "mlstm_chunk_state", "causal_conv1d", "slstm_sequence"}
-    assert all(k.use() == "metal" for k in tried)
+def floats(args): return [a for _, a in tree_flatten(args) if isinstance(a, mx.array) and mx.issubdtype(a.dtype, mx.floating)]
+
+
+def grads(f, args):
+    "Gradients of everything that a cell computes, by all of its floats."
+    weights = metal.tree_map(lambda x: mx.ones_like(x), f(*args))
+    return floats(metal.gradients(f, args, weights)[1])
+
+
+def test_self_tests_come_once_for_each_type_and_constant(as_if_metal):
+    assert DISPATCHED.keys() == {"conv._unmasked", "norms.head_norm_gate", "mlstm_step_kernel.mlstm_step", "mlstm_chunk_kernels.mlstm_recurrent",
+                                 "mlstm_chunk_gradients._short", "mlstm_chunk_gradients._long", "slstm.slstm_step", "slstm.slstm_sequence"}
+    for name, (args, _) in PUBLIC.items(): grads(getattr(cells, name), args)
+    assert {name for name, ran in metal.kernel_report().items() if "metal" in ran} == set(NAMES)
+    there_and_back = {name for name, f in DISPATCHED.items() if list(f.tested.values()) == [True, True]}
+    assert there_and_back == {"conv._unmasked", "norms.head_norm_gate", "mlstm_chunk_gradients._long", "slstm.slstm_step", "slstm.slstm_sequence"}
+    assert all(list(DISPATCHED[name].tested.values()) == [True] for name in ("mlstm_step_kernel.mlstm_step", "mlstm_chunk_kernels.mlstm_recurrent"))
     before = metal.kernel_report()
-    assert {name for name, ran in before.items() if "metal" in ran} == set(NAMES) # self-tests launch every kernel
-    assert all(k.use() == "metal" for k in tried) and metal.kernel_report() == before
+    q, k, v, *rest = PUBLIC["mlstm_step"][0]
+    cells.mlstm_step(q, k, v, *rest)
+    assert metal.kernel_report()["mlstm_step"]["metal"] == before["mlstm_step"]["metal"] + 1
+    cells.mlstm_step(*(a.astype(mx.bfloat16) for a in (q, k, v)), *rest) # another kernel, as a compiler sees it
+    assert len(mlstm_step_kernel.mlstm_step.tested) == 2
+    for DH in (9, 10): cells.slstm_step(*slstm_args(1, DH=DH)) # units are a constant of the text
+    assert len(slstm.slstm_step.tested) == 3
+    for S in (5, 6): cells.mlstm_chunkwise(*mlstm_args(S))
+    assert len(mlstm_chunk_gradients._short.tested) == 1
 
 
 def test_no_self_tests_where_kernels_were_measured(as_if_metal, monkeypatch):
     monkeypatch.setattr(metal, "backend", lambda: "cuda")
-    assert {k.use() for k in KERNELS} == {"cuda"}
-    assert not any(k.passed for k in KERNELS)
+    for name, (args, _) in PUBLIC.items(): getattr(cells, name)(*args)
+    assert not any(f.tested for f in DISPATCHED.values())
 
 
-@pytest.mark.parametrize("name, old, new", [("mlstm_chunk_input_grad", "l < length && c < DQK", "l < 7 && c < DQK"), ("mlstm_step", "F * total[j]", "total[j]"),
-                                            ("slstm_sequence", "threadgroup float hidden[DH];", "no such text")])
-def test_a_kernel_that_fails_its_self_test_is_not_used(as_if_metal, monkeypatch, name, old, new):
+# kernel, what is changed, the function whose self-test must notice, and whether only its gradient suffers
+FAULTS = [("mlstm_chunk_input_grad", "l < length && c < DQK", "l < 7 && c < DQK", "mlstm_chunk_gradients._long", True),
+          ("mlstm_step", "F * total[j]", "total[j]", "mlstm_step_kernel.mlstm_step", False),
+          ("slstm_sequence", "threadgroup float hidden[DH];", "no such text", "slstm.slstm_sequence", False),
+          ("slstm_sequence", "is_empty[row]", "is_empty[0]", "slstm.slstm_sequence", False),
+          ("mlstm_step", "log_sigmoid(static_cast<float>(f[head]))", "-metal::log(1.0f + metal::exp(-static_cast<float>(f[head])))", "mlstm_step_kernel.mlstm_step", False)]
+
+
+@pytest.mark.parametrize("name, old, new, function, there", FAULTS, ids=[f'{f[0]}, {f[1]}' for f in FAULTS])
+def test_a_kernel_that_fails_its_self_test_is_not_used(as_if_metal, monkeypatch, name, old, new, function, there):
     text = kernel_source(f"{name}.metal")
     monkeypatch.setitem(metal.live_sources, f"{name}.metal", text.replace(old, new))
     assert text.count(old) == 1
-    first = {"mlstm_chunk_input_grad": "mlstm_chunk_state"}.get(name, name)
-    kernel = next(k for k in KERNELS if k.name == first)
-    with pytest.warns(UserWarning, match=f"kernel {first} stays unused on this machine"): assert kernel.use() is None
-    assert kernel.use() is None and metal.kernel_report()[first]["plain"] == 2
-    x = mx.random.normal((1, 2, 70, 8))
-    gates = x[..., 0], x[..., 1]
-    with_it, _ = cells.mlstm_chunkwise(x, x, x, *gates) # and the plain form answers
-    assert mx.allclose(with_it, cells.mlstm_chunkwise_plain(x, x, x, *gates)[0], atol=1e-3)
+    f = DISPATCHED[function]
+    public = f.__name__
+    args, plain = PUBLIC[public][0], getattr(cells, f"{public}_plain")
+    with pytest.warns(UserWarning, match=f"{'the gradient of ' * there}kernel .* stays unused on this machine") as caught:
+        for _ in range(2): got = grads(getattr(cells, public), args)
+    assert len(caught) == 1 and list(f.tested.values()) == ([True, False] if there else [False])
+    for a, b in zip(got, grads(plain, args), strict=True): assert metal._distance(a, b) < 1e-4 # the definition answers
+
+
+def fails_when_evaluated(shapes, dtypes):
+    "Arrays as of a kernel that a compiler refuses: nobody knows before they are needed."
+    broken = mx.linalg.inv(mx.zeros((2, 2)), stream=mx.cpu)[0, 0]
+    return [mx.broadcast_to(broken.astype(t), s) for s, t in zip(shapes, dtypes)]
+
+
+@pytest.fixture
+def refusing(as_if_metal, monkeypatch):
+    "A compiler that refuses launches: of a kernel, with inputs of a type, or with a constant."
+    refused, on_host = [], metal._compile_kernel
+    def compile_kernel(kernel, *how):
+        launch = on_host(kernel, *how)
+        def maybe(inputs, output_shapes, output_dtypes, grid, threadgroup, template):
+            if any(r(kernel.name, [a.dtype for a in inputs], dict(template)) for r in refused): return fails_when_evaluated(output_shapes, output_dtypes)
+            return launch(inputs, output_shapes, output_dtypes, grid, threadgroup, template)
+        return maybe
+    monkeypatch.setattr(metal, "_compile_kernel", compile_kernel)
+    return refused
+
+
+REFUSALS = {"a type": lambda name, types, constants: name == "head_norm_gate" and constants["T"] == mx.bfloat16,
+            "a constant": lambda name, types, constants: name == "mlstm_recurrent" and constants.get("ROWS") == 4,
+            "a kernel": lambda name, types, constants: name == "mlstm_step"}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_generation_goes_on_where_a_kernel_does_not_compile(refusing, monkeypatch, what):
+    model, _ = xm.load(dtype=mx.bfloat16 if what == "a type" else mx.float32)
+    with pytest.raises(RuntimeError): mx.eval(fails_when_evaluated([(2,)], [mx.float32]))
+    def write(): return [t for t, _ in islice(tokens(State(model).read([0, 5, 6, 7]), Sampling()), 4)]
+    refusing.append(REFUSALS[what])
+    with pytest.warns(UserWarning, match="stays unused on this machine") as caught: got = write()
+    assert len(caught) == 1
+    monkeypatch.setattr(metal, "backend", lambda: None)
+    assert write() == got
+
+
+@pytest.mark.parametrize("name", ["mlstm_chunk_state", "mlstm_chunk_weights_grad", "head_norm_gate_grad"])
+def test_training_goes_on_where_a_kernel_does_not_compile(refusing, monkeypatch, name):
+    model = init_weights(Model(xLSTMConfig.from_dict(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_heads=2)))
+    ids = mx.array(np.random.default_rng(0).integers(0, 40, (2, 70)))
+    def step(): return nn.value_and_grad(model, partial(lm_loss, model))(ids)
+    refusing.append(lambda kernel, types, constants: kernel == name)
+    with pytest.warns(UserWarning, match="stays unused on this machine") as caught: loss, grads = step()
+    assert len(caught) == 1
+    monkeypatch.setattr(metal, "backend", lambda: None)
+    for (_, a), (_, b) in zip(tree_flatten((loss, grads)), tree_flatten(step())): assert metal._distance(a, b) < 1e-3
+
+
+def second_order(f, args):
+    "Gradient of a gradient, derivative along a direction, and derivative of a gradient."
+    values = floats(args)
+    directions, every = [mx.cos(mx.arange(a.size)).reshape(a.shape) for a in values], list(range(len(values)))
+    def flat(*v): return floats(f(*metal._nest(list(v), args, lambda a: a)))
+    def loss(*v): return sum((mx.sin(o) * mx.cos(mx.arange(o.size)).reshape(o.shape)).sum() for o in flat(*v))
+    slope = mx.grad(loss, argnums=every)
+    yield mx.grad(lambda *v: sum((a * d).sum() for a, d in zip(slope(*v), directions)), argnums=every)(*values)
+    yield mx.jvp(flat, values, directions)[1]
+    yield mx.jvp(slope, values, directions)[1]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_derivatives_of_any_order_are_those_of_the_definition(host, name):
+    args = mlstm_args(70, 5, 6) if name == "mlstm_chunkwise" else PUBLIC[name][0]
+    for got, want in zip(second_order(getattr(cells, name), args), second_order(getattr(cells, f"{name}_plain"), args)):
+        assert len(got) == len(want) and max(mx.linalg.norm(a.flatten()).item() for a in want) > 1
+        for a, b in zip(got, want): assert metal._distance(a, b) < 1e-4
+
+
+def test_derivatives_do_not_look_into_launches():
+    "A kernel has no derivatives of its own on a GPU: an operation that has none either stands for it."
+    def opaque(x): return mx.view(mx.view(x, mx.uint32), mx.float32)
+    def sine(x): return mx.sin(x)
+    f = metal.dispatch(metal.Kernel("none", [], []), sine, lambda x: (opaque(mx.sin(x)), (opaque(x),)), lambda args, y, kept, dy: (opaque(dy * mx.cos(args[0])),))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metal, "backend", lambda: "cuda")
+        x = mx.array([.1, .2])
+        with pytest.raises(ValueError): mx.jvp(opaque, [x], [x])
+        for got, want in zip(second_order(f, (x,)), second_order(mx.sin, (x,))): assert mx.allclose(got[0], want[0])
 
 
 def test_every_kernel_file_is_used():
@@ -179,7 +298,7 @@ CUDA_TYPES = {mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bflo
 # arguments of the self-tests that may have 16 bits
 MLSTM = {0: mx.bfloat16, 1: mx.float16, 2: mx.bfloat16}
 SHORTER = {"head_norm_gate": dict.fromkeys((1, 2, 3), mx.float16), "causal_conv1d": dict.fromkeys((0, 3), mx.bfloat16),
-           "mlstm_step": MLSTM, "mlstm_recurrent": MLSTM, "mlstm_chunk_state": MLSTM}
+           "mlstm_step": MLSTM, "mlstm_recurrent": MLSTM, "mlstm_chunkwise": MLSTM}
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +312,8 @@ def launches():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XLSTM_METAL_KERNELS", "host")
         patch.setattr(host_module, "run", record)
-        cases = [(f, plain, list(example()), SHORTER.get(k.name, {})) for k in KERNELS if k.self_test for f, plain, example in [k.self_test]]
-        cases.append((cells.slstm_sequence, cells.slstm_sequence_plain, slstm._slstm_example(1, 1, 2, 130), {})) # R does not fit registers
+        cases = [(getattr(cells, name), getattr(cells, f"{name}_plain"), args, SHORTER.get(name, {})) for name, (args, _) in PUBLIC.items()]
+        cases.append((cells.slstm_sequence, cells.slstm_sequence_plain, slstm_args(2, 1, 1, 130), {})) # R does not fit registers
         for function, plain, args, shorter in cases:
             args = [a.astype(shorter[j]) if j in shorter else a for j, a in enumerate(args)]
             mx.eval(metal.gradients(function, args, plain(*args)))

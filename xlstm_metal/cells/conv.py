@@ -9,7 +9,7 @@ __all__ = ['conv_kernel', 'conv_grad_kernel', 'causal_conv1d_plain', 'causal_con
 # %% ../../nbs/cells/16_conv.ipynb #aac51a0e
 import mlx.core as mx
 import mlx.nn as nn
-from ..metal import Kernel, dispatch, samples
+from ..metal import Kernel, dispatch, like, samples
 
 # %% ../../nbs/cells/16_conv.ipynb #22cb9127
 def _unmasked_plain(x, w, b, state):
@@ -95,8 +95,12 @@ def _conv_gradient(args, results, kept, cotangents):
     return dx, dw.sum((0, 1))[:, None], db.sum((0, 1)), dstate
 
 # %% ../../nbs/cells/16_conv.ipynb #b5d38b39
+def _conv_examples(*args):
+    C, K = 70, args[1].shape[-1]
+    return [like(args, samples((2, S, C), (C, 1, K), (C,), (2, K - 1, C))) for S in (1, 41, 48)]
+
 _unmasked = dispatch(conv_kernel, _unmasked_plain, _launch_conv, _conv_gradient, fits=lambda x, w, b, state: w.shape[-1] <= 16,
-                     example=lambda: samples((2, 40, 5), (5, 1, 4), (5,), (2, 3, 5)))
+                     examples=_conv_examples, constants=lambda x, w, b, state: w.shape[-1])
 
 def causal_conv1d(
     x: mx.array, w: mx.array, b: mx.array, state: mx.array | None = None, mask: mx.array | None = None

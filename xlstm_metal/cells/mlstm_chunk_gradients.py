@@ -11,8 +11,8 @@ import mlx.core as mx
 from ..metal import Kernel, dispatch, gradients
 from .mlstm_chunks import mlstm_chunkwise_plain
 from .mlstm_chunk_kernels import (_as_heads, _as_rows, _chunks_fit, _is_short,
-    _launch_recurrent, _launch_rows, _num_tiles, _run_output, _run_states, _tile, recurrent_kernel, state_kernel)
-from .mlstm_step_kernel import cell_example, fits
+    _launch_recurrent, _launch_rows, _recurrent_examples, _recurrent_rows, _num_tiles, _run_output, _run_states, _tile, recurrent_kernel, state_kernel)
+from .mlstm_step_kernel import fits, mlstm_examples
 
 # %% ../../nbs/cells/15_mlstm_chunk_gradients.ipynb #af9ded76
 state_grad_kernel = Kernel("mlstm_chunk_state_grad",
@@ -112,9 +112,10 @@ def _chunks_gradient(args, results, kept, cotangents):
 def _launch_short(q, k, v, i, f, state, mask, chunk_size, eps):
     return _launch_recurrent(q, k, v, i, f, state, mask, eps)
 
-_short = dispatch(recurrent_kernel, mlstm_chunkwise_plain, _launch_short, fits=lambda q, k, v, *_: fits(k, v))
+_short = dispatch(recurrent_kernel, mlstm_chunkwise_plain, _launch_short, fits=lambda q, k, v, *_: fits(k, v),
+                  examples=_recurrent_examples, constants=_recurrent_rows)
 _long = dispatch(state_kernel, mlstm_chunkwise_plain, _launch_chunks, _chunks_gradient,
-                 fits=lambda q, k, v, *_: _chunks_fit(k, v), example=lambda: cell_example(70))
+                 fits=lambda q, k, v, *_: _chunks_fit(k, v), examples=lambda *args: mlstm_examples(args, 64, 130))
 
 def mlstm_chunkwise(
     q: mx.array, # (B, NH, S, DQK)

@@ -9,7 +9,7 @@ __all__ = ['state_kernel', 'weights_kernel', 'output_kernel', 'recurrent_kernel'
 import mlx.core as mx
 from ..metal import Kernel, dispatch
 from .mlstm import _at_tokens, _check_tokens, empty_state, log_gates, mlstm_recurrent_plain
-from .mlstm_step_kernel import cell_example, fits
+from .mlstm_step_kernel import fits, mlstm_examples
 
 # %% ../../nbs/cells/14_mlstm_chunk_kernels.ipynb #4e643540
 def _as_rows(q, k, v, i, f, state, mask) -> tuple: # q, k, v, i, log_f, C, n, m
@@ -75,8 +75,11 @@ def _launch_recurrent(q, k, v, i, f, state, mask, eps):
                                grid=(-(-DV // 32) * 32, 8, B * NH), threads=(32, 8, 1))
     return _as_heads(B, NH, *outputs), ()
 
+def _recurrent_rows(q, *_) -> int: return -(-q.shape[-1] // 8)
+def _recurrent_examples(*args): return mlstm_examples(args, 5, 16, DQK=args[0].shape[-1])
+
 mlstm_recurrent = dispatch(recurrent_kernel, mlstm_recurrent_plain, _launch_recurrent,
-                           fits=lambda q, k, v, *_: fits(k, v), example=lambda: cell_example(5))
+                           fits=lambda q, k, v, *_: fits(k, v), examples=_recurrent_examples, constants=_recurrent_rows)
 
 # %% ../../nbs/cells/14_mlstm_chunk_kernels.ipynb #e128b0ac
 def _is_short(S: int) -> bool: return S <= 16

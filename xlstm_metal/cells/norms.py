@@ -9,7 +9,7 @@ __all__ = ['norm_kernel', 'norm_grad_kernel', 'head_norm_gate', 'RMSNorm', 'Mult
 from math import gcd
 import mlx.core as mx
 import mlx.nn as nn
-from ..metal import Kernel, dispatch, samples
+from ..metal import Kernel, dispatch, like, samples
 
 # %% ../../nbs/cells/10_norms.ipynb #4ab9b0a3
 class RMSNorm(nn.Module):
@@ -161,4 +161,4 @@ def _norm_gradient(args, y, kept, dy):
     return dh, do, (gated * normed).sum((0, 1)), gated.sum((0, 1)), None
 
 head_norm_gate = dispatch(norm_kernel, head_norm_gate_plain, _launch_norm, _norm_gradient,
-                          example=lambda: (*samples((1, 2, 5, 33), (1, 5, 66), (66,), (66,)), 1e-6))
+                          examples=lambda *args: [like(args, (*samples((2, 2, 5, 130), (2, 5, 260), (260,), (260,)), 1e-6))])

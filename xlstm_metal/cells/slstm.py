@@ -8,7 +8,7 @@ __all__ = ['sequence_kernel', 'sequence_grad_kernel', 'slstm_step', 'slstm_seque
 
 # %% ../../nbs/cells/17_slstm.ipynb #32a03330
 import mlx.core as mx
-from ..metal import Kernel, dispatch, samples
+from ..metal import Kernel, dispatch, like, samples
 from ..numerics import log_sigmoid
 
 # %% ../../nbs/cells/17_slstm.ipynb #45cd8b0e
@@ -156,9 +156,17 @@ def _fits(x, *_) -> bool:
     B, _, _, _, DH = x.shape
     return DH <= 256 and B < 2**16 and x.size < 2**32
 
-def _slstm_example(B=2, NH=2, S=5, DH=9) -> tuple: # x, R, b, (y, c, n, m)
-    x, R, b, y, c, n, m = samples((B, NH, S, 4, DH), (NH, 4, DH, DH), (NH, 4, DH), *[(B, NH, DH)] * 4)
-    return x, R, b, (y, c, 1 + mx.abs(n), m)
+def _slstm_examples(args, *lengths) -> list[tuple]: # x, R, b, (y, c, n, m), mask; the first row has read nothing
+    DH, NH, used = args[0].shape[-1], 2, mx.array([0., 1.]).reshape(2, 1, 1)
+    def example(S):
+        x, R, b, y, c, n, m = samples((2, NH, S, 4, DH), (NH, 4, DH, DH), (NH, 4, DH), *[(2, NH, DH)] * 4)
+        mask = mx.arange(S) >= mx.array([[S // 3], [0]])
+        return like(args, (x, R / DH**.5, b, tuple(used * a for a in (y, c, 1 + mx.abs(n), m)), mask))
+    return [example(S) for S in lengths]
 
-slstm_step = dispatch(sequence_kernel, slstm_step_plain, _launch_sequence, _sequence_gradient, _fits)
-slstm_sequence = dispatch(sequence_kernel, slstm_sequence_plain, _launch_sequence, _sequence_gradient, _fits, _slstm_example)
+def _units(x, *_) -> int: return x.shape[-1]
+
+slstm_step = dispatch(sequence_kernel, slstm_step_plain, _launch_sequence, _sequence_gradient, _fits,
+                      lambda *args: _slstm_examples(args, 1), _units)
+slstm_sequence = dispatch(sequence_kernel, slstm_sequence_plain, _launch_sequence, _sequence_gradient, _fits,
+                          lambda *args: _slstm_examples(args, 5, 16), _units)
