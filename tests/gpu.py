@@ -267,7 +267,6 @@ def cases(quick):
     if quick: return
     for S in (8192, 16384):
         yield "long", f"7B prompt of {S}", *map(last_head, chunks), partial(cell_case, 1, 8, S, 256, 512, bf16), 1e-5, False
-    yield "long", "7B there and back, 8192", *back[:2], None, partial(cell_case, 1, 8, 8192, 256, 512, bf16), 1e-5, False
     for B, NH, S, DH in ((1, 4, 1, 64), (1, 8, 2048, 64), (8, 8, 2048, 64), (1, 4, 2048, 256)):
         yield "slstm", f"sLSTM {B} x {S}, {NH} heads of {DH}", *slstm, partial(slstm_case, B, NH, S, DH), 1e-5, False
     yield "slstm", "sLSTM there and back, 8 x 512", *slstm_back[:2], None, partial(slstm_case, 8, 8, 512, 64), 1e-5, False
