@@ -399,3 +399,29 @@ def test_a_matrix_that_nobody_filled_shows(host, monkeypatch):
     assert text.count("clear_tile(acc);") == 1
     monkeypatch.setitem(metal.live_sources, "mlstm_chunk_output.metal", text.replace("clear_tile(acc);", ""))
     assert mx.isnan(cells.mlstm_chunkwise(*args)[0]).all()
+
+
+def test_compiler_options_do_not_depend_on_defaults(monkeypatch):
+    asked = []
+    monkeypatch.setattr(mx.fast, "metal_kernel", lambda **how: asked.append(how))
+    for k in KERNELS: metal._compile_kernel(k, tuple(kernel_source(f"{h}.h") for h in k.includes), kernel_source(f"{k.name}.metal"), "metal")
+    assert [how["compile_options"] for how in asked] == [{"math_mode": "safe"}] * len(KERNELS)
+    assert all("log_sigmoid" in how["header"] for how, k in zip(asked, KERNELS) if "gates" in k.includes)
+
+
+def test_a_report_of_a_gpu(tmp_path, monkeypatch):
+    "As `make gpu-report` makes it, from launches on the host; a kernel that fails is a row, and the others follow."
+    import json
+    import sys
+    from runpy import run_path
+    monkeypatch.setenv("XLSTM_METAL_KERNELS", "host")
+    texts = {"rms_norm": "", "head_norm_gate": "no such text;", "mlstm_step": kernel_source("mlstm_step.metal").replace("F * total[j]", "total[j]")}
+    for name, text in texts.items(): monkeypatch.setitem(metal.live_sources, f"{name}.metal", text) # the first is of gpu.py itself
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "norm", "step", "conv", "--quick", "--report", str(tmp_path)])
+    assert run_path(str(FOLDER.parent / "tests" / "gpu.py"))["main"]() == 1
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    rows = {r["name"]: r for r in report["rows"]}
+    assert report["mlx"] == mx.__version__ and report["failed"] == 4 and len(rows) == 6
+    assert all(("error" in r) == (r["part"] == "norm") and bool(r.get("failed")) == (r["part"] != "conv") for r in rows.values())
+    page = (tmp_path / "gpu.md").read_text()
+    assert "6 rows, 4 failed" in page and page.count("FAIL") == 2 and "does not compile" in page
