@@ -16,7 +16,7 @@ from zlib import crc32
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_map_with_path
 
 # %% ../../nbs/blocks/20_block.ipynb #929b5ccd
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@
 __all__ = ['state_grad_kernel', 'weights_grad_kernel', 'input_grad_kernel', 'mlstm_chunkwise']
 
 # %% ../../nbs/cells/15_mlstm_chunk_gradients.ipynb #cdc88b6c
-from functools import partial
 import mlx.core as mx
 from ..metal import Kernel, dispatch, gradients
 from .mlstm_chunks import mlstm_chunkwise_plain

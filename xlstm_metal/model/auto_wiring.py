@@ -10,7 +10,7 @@ import re, warnings
 from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
-from ..blocks.block import Block, BlockError, BlockSpec, kinds, make_block
+from ..blocks.block import Block, BlockError, BlockSpec, make_block
 from ..blocks.discovery import (block_prefix, by_block, classify, in_block, shapes_of, spec_from_tensors,
     split_fused, unexpected_tensors)
 from ..files import CheckpointError, read_headers, read_settings, resolve, settings_file, Tensor

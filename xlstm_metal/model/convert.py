@@ -7,7 +7,6 @@ __all__ = ['pickles', 'copied_files', 'read_pickle', 'read_anything', 'write_sha
 
 # %% ../../nbs/model/47_convert.ipynb #5559af44
 import json, pickle, shutil, warnings
-from dataclasses import replace
 from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten

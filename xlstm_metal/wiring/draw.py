@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import NamedTuple
 import numpy as np
 import ncps.wirings
-from .wiring import check_wiring, Executable, KIND_NAMES, Neuron, summary, WiringError
+from .wiring import Executable, KIND_NAMES, Neuron, summary, WiringError
 
 # %% ../../nbs/wiring/33_draw.ipynb #d64c7841
 class _Edge(NamedTuple):

@@ -10,7 +10,7 @@ __all__ = ['layer_names', 'Plan', 'signed_sum', 'Combiner', 'shift_by_one', 'Obs
 from dataclasses import replace
 import mlx.core as mx
 import mlx.nn as nn
-from ..blocks.block import Block, BlockError, make_block
+from ..blocks.block import BlockError, make_block
 from .wiring import Executable, Neuron, WiringError, check_wiring, xLSTMWiring
 
 # %% ../../nbs/wiring/31_run.ipynb #9b57b6d0
