@@ -143,6 +143,7 @@ inline const Slot* exchange(const Slot& mine, Site site) {
 
 // a loop or a function of a header that this thread is in; a compiler that computes a constant is no thread
 constexpr bool compiling() { return __builtin_is_constant_evaluated(); }
+const uint most_rounds = 1 << 18; // of one loop: who waits for more waits for ever
 struct Scope {
     Site site;      // of the loop, or of the call
     bool loop;
@@ -156,7 +157,9 @@ struct Scope {
     constexpr ~Scope() {
         if (!compiling()) self().scope = outer;
     }
-    constexpr void next() { round++; }
+    constexpr void next() {
+        if (++round > most_rounds) fault("line %d: a loop goes round more than %u times", site.line, most_rounds);
+    }
 };
 
 inline bool same_way(const Scope* a, const Scope* b) {
