@@ -208,9 +208,14 @@ def matches_reference(
     with mx.stream(mx.cpu):
         wanted = reference(*args)
         weights = tree_map(lambda x: mx.cos(mx.arange(x.size)).reshape(x.shape).astype(x.dtype), wanted)
-        want = _floats(gradients(reference, args, weights) if with_gradients else wanted)
+        want = _values(reference, args, weights, with_gradients)
         mx.eval(want, weights)
-    got = _floats(gradients(function, args, weights) if with_gradients else function(*args))
+    return _agree(_values(function, args, weights, with_gradients), want)
+
+def _values(f, args, weights, with_gradients) -> list: # weights: of the results
+    return _floats(gradients(f, args, weights) if with_gradients else f(*args))
+
+def _agree(got: list, want: list) -> bool:
     return len(got) == len(want) and all(_distance(a, b) <= _tolerance[b.dtype] for a, b in zip(got, want))
 
 def _distance(a, b) -> float: # relative; nan if one of them has nan
