@@ -2,11 +2,11 @@ uint col = thread_position_in_grid.x;
 uint slice = thread_position_in_threadgroup.y;
 uint head = thread_position_in_grid.z;
 uint lane = thread_index_in_simdgroup;
-uint DQK = k_shape[1], DV = v_shape[1];
+uint NH = k_shape[1], DQK = k_shape[3], DV = v_shape[3];
 
 // gates, as exponents
 float log_f = log_sigmoid(static_cast<float>(f[head])), ig = static_cast<float>(i[head]), m0 = m[head];
-bool token = mask[head];
+bool token = mask[head / NH];
 if (!token) { log_f = 0.0f; ig = -1e9f; }
 float m1 = metal::max(log_f + m0, ig);
 float F = metal::exp(log_f + m0 - m1), I = metal::exp(ig - m1);

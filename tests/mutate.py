@@ -139,7 +139,7 @@ def wider(name, seed):
     import numpy as np
     rng = np.random.default_rng(seed)
     def r(*shape, scale=1.0): return mx.array(rng.standard_normal(shape) * scale).astype(mx.float32)
-    B, NH, S, DQK, DV = (int(rng.integers(1, n)) for n in (4, 4, 150, 140, 140))
+    B, NH, S, DQK, DV = (int(rng.integers(1, n)) for n in (3, 3, 80, 90, 90))
     scale, t = float(rng.choice([.3, 1, 10])), [mx.float32, mx.bfloat16, mx.float16][seed % 3]
     mask = mx.array(np.arange(S) >= rng.integers(0, S, (B, 1))) if seed % 2 else None
     if name == "_unmasked":
@@ -148,7 +148,7 @@ def wider(name, seed):
     if name == "head_norm_gate":
         return r(B, NH, S, DV, scale=scale), *(a.astype(t) for a in (r(B, S, NH * DV, scale=scale), r(NH * DV))), r(NH * DV).astype(t) if seed % 2 else None
     if name.startswith("slstm"):
-        S, DH = (1 if name == "slstm_step" else min(S, 30)), [DQK, DV + 100][seed % 2]
+        S, DH = (1 if name == "slstm_step" else min(S, 30)), [DQK, DV + 70][seed % 2]
         state = None if seed % 4 == 0 else (r(B, NH, DH), r(B, NH, DH, scale=scale), 1 + mx.abs(r(B, NH, DH)), r(B, NH, DH, scale=scale))
         return r(B, NH, S, 4, DH, scale=scale), r(NH, 4, DH, DH) / DH**.5, r(NH, 4, DH), state, None if mask is None else mask[:, -S:]
     S = {"mlstm_step": 1, "_long": S + 16}.get(name, 1 + S % 16)
@@ -171,6 +171,7 @@ class Net:
         self.changed = {k.name: k for k in KERNELS if file in (f"{k.name}.metal", *(f"{h}.h" for h in k.includes))}
         self.kept, self.launches, self.tests, self.calls, self.healthy = {}, {}, [], {}, {}
         host.run = self.remember
+        metal.live_sources["host.h"] = metal.kernel_source("host.h").replace("1 << 18", "1 << 12") # loops that never end, sooner
         for name, (f, variants) in functions().items():
             self.launches.clear()
             found = [t for args in variants for t in self.asked(f, args)]
@@ -217,7 +218,7 @@ class Net:
         except KernelFault as e: return "compiler" if "does not compile" in str(e) else "executor"
         finally: del self.metal.live_sources[self.file]
 
-    def difference(self, m, trials=6): # of its results from those of the kernel, relative; 0: not a bit
+    def difference(self, m, trials=5): # of its results from those of the kernel, relative; 0: not a bit
         import inspect
         from xlstm_metal.host import KernelFault
         largest = 0.0

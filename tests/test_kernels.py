@@ -245,6 +245,23 @@ def test_generation_goes_on_where_a_kernel_does_not_compile(refusing, monkeypatc
     assert write() == got
 
 
+@pytest.mark.parametrize("what", REFUSALS)
+def test_the_app_goes_on_where_a_kernel_does_not_compile(refusing, monkeypatch, what):
+    import asyncio
+    model, tokenizer = xm.load(dtype=mx.bfloat16 if what == "a type" else mx.float32)
+    async def write():
+        app = xm.Playground(model, tokenizer, max_tokens=4)
+        app.view.prompt.value = "class"
+        app.view.generate.click()
+        await app.wait()
+        return app.run.continuation, app.view.status.value
+    refusing.append(REFUSALS[what])
+    with pytest.warns(UserWarning, match="stays unused on this machine") as caught: text, status = asyncio.run(write())
+    assert len([w for w in caught if "unused" in str(w.message)]) == 1 and text and "rror" not in status
+    monkeypatch.setattr(metal, "backend", lambda: None)
+    assert asyncio.run(write())[0] == text
+
+
 @pytest.mark.parametrize("name", ["mlstm_chunk_state", "mlstm_chunk_weights_grad", "head_norm_gate_grad"])
 def test_training_goes_on_where_a_kernel_does_not_compile(refusing, monkeypatch, name):
     model = init_weights(Model(xLSTMConfig.from_dict(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_heads=2)))
@@ -382,6 +399,7 @@ BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
     ("mlstm_recurrent", "mlstm_recurrent", f"{BARRIER}\n    if", f"if (slice) {BARRIER} else {BARRIER}\n    if", r"thread \d+ waits at the barrier of line (\d+), round 1 of the loop of line 18; .* line \1, round 1 .* too, in another call"),
     ("mlstm_chunkwise", "mlstm_chunk_output", "store_tile(acc, stage + 0, group);", "if (group < 4) {0} else {0}", r"barrier of line \d+ of tiles.h, called from line (\d+); thread 128 .* called from line \1 too, in another call"),
     ("head_norm_gate", "head_norm_gate", "h_shape[3]", "eps_shape[1]", r"line 3: eps_shape\[1\] is out of bounds: eps has 1 dimension$"),
+    ("mlstm_chunkwise", "mlstm_chunk_weights", "simd_max(metal::max(p0 ? e0 : -1e9f, p1 ? e1 : -1e9f))", "(p0 ? {0} : m0)", r"thread \d+ is in a SIMD function of line 40, round 1 of the loop of line 34"),
     ("mlstm_chunkwise", "mlstm_chunk_state", "float total =", "double total =", "Metal has no `double`"),
     ("causal_conv1d", "causal_conv1d", "uint ", "static uint ", "Metal has no `static` variables"),
 ])
@@ -390,6 +408,28 @@ def test_faults_in_our_own_texts(host, monkeypatch, function, name, old, new, sa
     monkeypatch.setitem(metal.live_sources, f"{name}.metal", text.replace(old, new.format(old), 1))
     assert old in text
     with pytest.raises(host_module.KernelFault, match=says): mx.eval(getattr(cells, function)(*PUBLIC[function][0]))
+
+
+def narrow_numbers(text):
+    "Lines where a number has 16 bits, by declaration or by cast; lanes of a shuffle may."
+    lanes = re.sub(r"simd_shuffle(_xor)?\(\w+, static_cast<ushort>\(", "", text)
+    return [j for j, line in enumerate(lanes.split("\n"), 1) if re.search(r"\b(u?short|int16_t|uint16_t|u?char)\b", line)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_index_has_16_bits(name, monkeypatch):
+    "A 7B model wraps 16 bits at 8,192 tokens: longer than tests are. Narrowing is an error by name, a cast is found in the text."
+    kernel, text = next(k for k in KERNELS if k.name == name), kernel_source(f"{name}.metal")
+    texts = [text, *(kernel_source(f"{h}.h") for h in kernel.includes)]
+    assert not any(map(narrow_numbers, texts))
+    sizes = dict(T=mx.float32, BIAS=True, TRANSPOSE=False, SLICES=8, ROWS=4, K=4, DH=9, THREADS=64, PER=1, RESIDENT=True)
+    types = dict(mask=mx.bool_, is_empty=mx.bool_)
+    assert host_module.metal_diagnostics(kernel, types, **sizes) == []
+    m = re.search(r"\buint (\w+ = )([^;,]*\w [*+] [^;,]*)([;,])", text)
+    line = text.count("\n", 0, m.start()) + 1
+    monkeypatch.setitem(metal.live_sources, f"{name}.metal", text[:m.start()] + f"ushort {m[1]}{m[2]}{m[3]}" + text[m.end():])
+    assert any(re.match(f"kernel {name}, line {line}: implicit conversion loses integer precision", d) for d in host_module.metal_diagnostics(kernel, types, **sizes))
+    assert narrow_numbers(text[:m.start()] + f"uint {m[1]}static_cast<ushort>({m[2]}){m[3]}" + text[m.end():]) == [line]
 
 
 def test_a_matrix_that_nobody_filled_shows(host, monkeypatch):

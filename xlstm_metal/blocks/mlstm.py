@@ -118,9 +118,11 @@ class mLSTMLayer(nn.Module):
             q, k (B, NH, S, DQK), v (B, NH, S, DV), gates i, f (B, NH, S) float32, capped
         """
         B, S, _ = x.shape
-        q, k, v = (p(x).reshape(B, S, self.num_heads, -1).swapaxes(1, 2) for p in (self.q, self.k, self.v))
+        def heads(y): # of one token they are in order
+            return y.reshape(B, self.num_heads, 1, -1) if S == 1 else y.reshape(B, S, self.num_heads, -1).swapaxes(1, 2)
+        q, k, v = (heads(p(x)) for p in (self.q, self.k, self.v))
         x32 = x.astype(mx.float32)
-        i, f = (soft_cap(gate(x32), self.gate_soft_cap).swapaxes(1, 2) for gate in (self.igate_preact, self.fgate_preact))
+        i, f = (heads(soft_cap(gate(x32), self.gate_soft_cap))[..., 0] for gate in (self.igate_preact, self.fgate_preact))
         return q, k, v, i, f
 
     def outputs(self,

@@ -17,12 +17,11 @@ step_kernel = Kernel("mlstm_step", ["q", "k", "v", "i", "f", "C", "n", "m", "mas
 def _launch_step(q, k, v, i, f, state, mask, eps):
     _check_one_token(q)
     (B, NH, _, DQK), DV, slices = k.shape, v.shape[-1], 8
-    N, (C, n, m) = B * NH, state or empty_state(B, NH, DQK, DV)
-    mask = mx.broadcast_to(mx.ones((B, 1), mx.bool_) if mask is None else mask, (B, NH)).reshape(N)
-    qkv, gates = [x.reshape(N, -1) for x in (q, k, v)], [i.reshape(N), f.reshape(N)]
-    h, *state = step_kernel(*qkv, *gates, C, n.reshape(N, DQK), m.reshape(N), mask, mx.array([DQK**-0.5, eps]),
+    C, n, m = state or empty_state(B, NH, DQK, DV)
+    mask = mx.array([[True]] * B) if mask is None else mask
+    h, *state = step_kernel(q, k, v, i, f, C, n, m, mask, mx.array([DQK**-0.5, eps]),
                             shapes=[(B, NH, 1, DV), C.shape, n.shape, m.shape], dtypes=[mx.float32] * 4,
-                            grid=(-(-DV // 32) * 32, slices, N), threads=(32, slices, 1), SLICES=slices)
+                            grid=(-(-DV // 32) * 32, slices, B * NH), threads=(32, slices, 1), SLICES=slices)
     return (h, tuple(state)), ()
 
 # %% ../../nbs/cells/13_mlstm_step_kernel.ipynb #2a5df806
@@ -59,8 +58,8 @@ def mlstm_examples(
     def example(S):
         sizes = (S, DQK), (S, DQK), (S, DV), (S,), (S,), (DQK, DV), (DQK,), (1,)
         q, k, v, i, f, C, n, m = samples(*[(2, 3, *s) for s in sizes])
-        i = i + mx.array([-3, 0, 3])[:, None] # heads that keep, and heads that write
-        f, m = f - mx.array([100, 0, 0])[:, None], m + mx.array([150, 0, 0])[:, None] # one forgets almost all of very much
+        i, f = i + mx.array([-3, 0, 3])[:, None], f + mx.array([-100, 6, 0])[:, None] # of heads, one keeps, one writes
+        m = m + mx.array([150, 0, 0])[:, None] # and one forgets almost all of very much
         mask = mx.arange(S) >= mx.array([[0], [S // 3]])
         return like(args, (q, k, v, i, f, (used[..., None] * C, used * n, used * m), mask, *args[7:]))
     return [example(S) for S in lengths]

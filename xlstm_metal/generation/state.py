@@ -15,6 +15,7 @@ import numpy as np
 from ..wiring.cache import align
 from ..model.tokenizer import encode_pieces
 from ..model.model import Model
+from .compiled_step import next_logits
 from .state_files import StateError, fingerprint, read_arrays, write_arrays
 
 # %% ../../nbs/generation/51_state.ipynb #43f5a823
@@ -76,12 +77,24 @@ class State:
         Returns:
             logits at every position (B, S, V) float32
         """
-        if ids.ndim != 2 or ids.shape[0] != self.rows: raise StateError(f"ids must have shape ({self.rows}, S), got {ids.shape}")
-        ahead = self.fork()
-        logits = self.model(ids, ahead.cache)
-        ahead.advance(logits[:, -1], ids.shape[1])
+        ahead, logits = self.ahead(ids)
         self.move(ahead)
         return logits
+
+    def ahead(self, ids: mx.array) -> tuple["State", mx.array]: # ids: as for `forward`; returns a fork that has read them, and the logits
+        """What `forward` does, without going there.
+
+        Args:
+            ids: as for `forward`
+
+        Returns:
+            a fork that has read them, and the logits
+        """
+        if ids.ndim != 2 or ids.shape[0] != self.rows: raise StateError(f"ids must have shape ({self.rows}, S), got {ids.shape}")
+        fork = self.fork()
+        logits = next_logits(self.model, ids, fork.cache)
+        fork.advance(logits[:, -1], ids.shape[1])
+        return fork, logits
 
     def feed(self, token: mx.array): # (B,) int
         """Read one token in each row, without waiting for the result.
