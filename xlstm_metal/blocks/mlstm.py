@@ -122,7 +122,8 @@ class mLSTMLayer(nn.Module):
             return y.reshape(B, self.num_heads, 1, -1) if S == 1 else y.reshape(B, S, self.num_heads, -1).swapaxes(1, 2)
         q, k, v = (heads(p(x)) for p in (self.q, self.k, self.v))
         x32 = x.astype(mx.float32)
-        i, f = (heads(soft_cap(gate(x32), self.gate_soft_cap))[..., 0] for gate in (self.igate_preact, self.fgate_preact))
+        i, f = (soft_cap(gate(x32), self.gate_soft_cap) for gate in (self.igate_preact, self.fgate_preact))
+        i, f = (g.reshape(B, self.num_heads, 1) if S == 1 else g.swapaxes(1, 2) for g in (i, f))
         return q, k, v, i, f
 
     def outputs(self,

@@ -6,9 +6,10 @@
 __all__ = ['state_grad_kernel', 'weights_grad_kernel', 'input_grad_kernel', 'mlstm_chunkwise']
 
 # %% ../../nbs/cells/15_mlstm_chunk_gradients.ipynb #cdc88b6c
+from math import log2
 import mlx.core as mx
-from ..metal import Kernel, dispatch, gradients
-from .mlstm_chunks import mlstm_chunkwise_plain
+from ..metal import Kernel, backend, dispatch, gradients, launch_counts
+from .mlstm_chunks import _compiled, mlstm_chunkwise_plain, mlstm_long_chunks
 from .mlstm_chunk_kernels import (_as_heads, _as_rows, _chunks_fit, _is_short,
     _launch_recurrent, _launch_rows, _recurrent_examples, _recurrent_rows, _num_tiles, _run_output, _run_states, _tile, recurrent_kernel, state_kernel)
 from .mlstm_step_kernel import fits, mlstm_examples
@@ -116,6 +117,15 @@ _short = dispatch(recurrent_kernel, mlstm_chunkwise_plain, _launch_short, fits=l
 _long = dispatch(state_kernel, mlstm_chunkwise_plain, _launch_chunks, _chunks_gradient,
                  fits=lambda q, k, v, *_: _chunks_fit(k, v), examples=lambda *args: mlstm_examples(args, 64, 130))
 
+# %% ../../nbs/cells/15_mlstm_chunk_gradients.ipynb #e2a302bf
+def _chunk_length(q, v) -> int: # tokens in a long chunk
+    DQK, DV = q.shape[-1], v.shape[-1]
+    return min(512, max(64, 2**round(log2(1.5 * DQK * DV / (DQK + DV)))))
+
+def _suits_matrix_units(q) -> bool: # worth long chunks: below that, launches take longer than what they do
+    return q.dtype in (mx.bfloat16, mx.float16) and q.size // q.shape[-1] >= 2**13 and backend() in ("metal", "cuda")
+
+# %% ../../nbs/cells/15_mlstm_chunk_gradients.ipynb #b37153fa
 def mlstm_chunkwise(
     q: mx.array, # (B, NH, S, DQK)
     k: mx.array, # (B, NH, S, DQK)
@@ -143,4 +153,7 @@ def mlstm_chunkwise(
     Returns:
         h (B, NH, S, DV) float32, state after the last token
     """
+    if _suits_matrix_units(q):
+        launch_counts["mlstm_long_chunks", backend()] += 1
+        return mlstm_long_chunks(q, k, v, i, f, state, mask, _chunk_length(q, v), eps, _compiled)
     return (_short if _is_short(q.shape[2]) else _long)(q, k, v, i, f, state, mask, chunk_size, eps)

@@ -6,7 +6,7 @@
 __all__ = ['find_linear', 'replaced', 'StandIn', 'same_inputs', 'Merged', 'merge_linear', 'merged_linear', 'Watch',
            'CompiledStep', 'can_compile', 'next_logits', 'is_worth_it']
 
-# %% ../../nbs/generation/57_compiled_step.ipynb #523aa61a
+# %% ../../nbs/generation/57_compiled_step.ipynb #def094df
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from ..blocks.mlstm import GateLinear
 from ..kernel_text import live_sources
 from ..metal import only_forward
 
-# %% ../../nbs/generation/57_compiled_step.ipynb #2a901286
+# %% ../../nbs/generation/57_compiled_step.ipynb #8a0635e0
 _linear = nn.Linear, nn.QuantizedLinear, GateLinear # these, and no subclass: it may compute something else
 
 def find_linear(
@@ -58,7 +58,7 @@ def replaced(
     finally:
         for owner, key, m in places: owner[key] = m
 
-# %% ../../nbs/generation/57_compiled_step.ipynb #f20945b0
+# %% ../../nbs/generation/57_compiled_step.ipynb #586b74c9
 class StandIn(nn.Module):
     """A layer's weights, and somebody else's `__call__`.
 
@@ -99,7 +99,7 @@ def same_inputs(
     times = Counter(id(m) for g in groups for m in g)
     return [tuple(g) for g in groups if all(times[id(m)] == 1 for m in g)]
 
-# %% ../../nbs/generation/57_compiled_step.ipynb #87600390
+# %% ../../nbs/generation/57_compiled_step.ipynb #7a9183a0
 def _alike(layers: tuple) -> bool: # whether they can be one
     def form(m): return type(m), m.keys(), m.weight.dtype, m.weight.shape[1:], *(getattr(m, a, None) for a in ("group_size", "bits", "mode"))
     return all(form(m) == form(layers[0]) for m in layers)
@@ -135,7 +135,7 @@ class Merged:
         if last[0] is not x: last = self.last = x, self._product(x)
         return last[1] if len(self.pieces) == 1 else last[1][..., self.pieces[id(layer)]]
 
-# %% ../../nbs/generation/57_compiled_step.ipynb #9aa61633
+# %% ../../nbs/generation/57_compiled_step.ipynb #3b9bca7a
 def merge_linear(model: nn.Module) -> dict: # id of a layer -> `Merged`
     """Merge what is given the same input, and let no layer transpose its weights again for each token.
 
@@ -155,7 +155,7 @@ def merged_linear(model: nn.Module, merged: dict): # merged: from `merge_linear`
     def by(m): return StandIn(m, merged[id(m)])
     with replaced([p for p in find_linear(model) if id(p[2]) in merged], by): yield
 
-# %% ../../nbs/generation/57_compiled_step.ipynb #c258cb59
+# %% ../../nbs/generation/57_compiled_step.ipynb #f9717fa8
 class Watch:
     """Notices when a model is no longer what it was.
 
@@ -181,7 +181,7 @@ class Watch:
         """
         return all(map(is_, self._values(model), self.held))
 
-# %% ../../nbs/generation/57_compiled_step.ipynb #abdbbb13
+# %% ../../nbs/generation/57_compiled_step.ipynb #dcee54fa
 class CompiledStep:
     "One token in each row, as one call; recorded again when the model has changed."
     patience = 4 # tokens before a recording is made
@@ -226,7 +226,7 @@ class CompiledStep:
         for slot, a in zip(cache, arrays): slot.cache = a
         return logits
 
-# %% ../../nbs/generation/57_compiled_step.ipynb #7366d68c
+# %% ../../nbs/generation/57_compiled_step.ipynb #4a99bab2
 def can_compile(
     model: nn.Module, # with blocks in `layers`
     cache: list, # from its `make_cache`

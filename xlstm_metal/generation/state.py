@@ -12,6 +12,7 @@ from copy import copy
 from pathlib import Path
 import mlx.core as mx
 import numpy as np
+from ..metal import only_forward
 from ..wiring.cache import align
 from ..model.tokenizer import encode_pieces
 from ..model.model import Model
@@ -92,7 +93,7 @@ class State:
         """
         if ids.ndim != 2 or ids.shape[0] != self.rows: raise StateError(f"ids must have shape ({self.rows}, S), got {ids.shape}")
         fork = self.fork()
-        logits = next_logits(self.model, ids, fork.cache)
+        with only_forward(): logits = next_logits(self.model, ids, fork.cache)
         fork.advance(logits[:, -1], ids.shape[1])
         return fork, logits
 
@@ -106,7 +107,7 @@ class State:
 
     def _read_chunk(self, ids: np.ndarray): # (B, S), S up to the model's chunk size
         ahead = self.fork()
-        x = self.model.hidden(mx.array(ids), ahead.cache)
+        with only_forward(): x = self.model.hidden(mx.array(ids), ahead.cache)
         ahead.advance(self.model.head(x[:, -1]), ids.shape[1])
         mx.eval(ahead.logits, [slot.state for slot in ahead.cache])
         self.move(ahead)

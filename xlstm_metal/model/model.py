@@ -6,6 +6,7 @@
 __all__ = ['norms', 'Backbone', 'Model']
 
 # %% ../../nbs/model/41_model.ipynb #9cd7a2d9
+from functools import cache
 import mlx.core as mx
 import mlx.nn as nn
 from ..numerics import soft_cap
@@ -79,6 +80,13 @@ class Backbone(BlockStack):
         "which parameters may have 16 bits"
         return lambda path: not is_gate(path)
 
+# %% ../../nbs/model/41_model.ipynb #dae8dd83
+@cache
+def _most_tokens() -> int: # of one pass; longer ones are faster, and take a gigabyte for what is between the blocks of a 7B model
+    info = mx.device_info() if mx.default_device() != mx.Device(mx.cpu) else {}
+    memory = max(info.get("memory_size", 0), info.get("total_memory", 0)) # as Metal and CUDA call it
+    return 16384 if memory > 96e9 else 8192 if memory > 48e9 else 2048
+
 # %% ../../nbs/model/41_model.ipynb #c27e6e14
 class Model(nn.Module):
     """An xLSTM language model: any blocks, any wiring (xLSTM 7B: arXiv 2503.13427).
@@ -123,7 +131,7 @@ class Model(nn.Module):
     def layers(self) -> list: return self.backbone.blocks
     def make_cache(self) -> list: return self.backbone.make_cache()
     @property
-    def prefill_chunk_size(self) -> int: return min(self.args.max_inference_chunksize, 2048) # most tokens read in one go
+    def prefill_chunk_size(self) -> int: return min(self.args.max_inference_chunksize, _most_tokens()) # most tokens read in one go
 
     def hidden(self,
         ids: mx.array, # (B, S) int
