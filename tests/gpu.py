@@ -266,15 +266,18 @@ def cases(quick):
     yield "long", "gradient, fresh and used rows", *back, rows, 1e-5, False
     if quick: return
     for S in (8192, 16384):
-        yield "long", f"7B prompt of {S}", *map(last_head, chunks), partial(cell_case, 1, 8, S, 256, 512, bf16), 1e-5, False
+        yield "long", f"7B prompt of {S}, float32", *map(last_head, chunks), partial(cell_case, 1, 8, S, 256, 512, f32), 1e-5, False
+        yield "long", f"7B prompt of {S}, bfloat16", *map(last_head, chunks), partial(cell_case, 1, 8, S, 256, 512, bf16), 1e-2, False
     for B, NH, S, DH in ((1, 4, 1, 64), (1, 8, 2048, 64), (8, 8, 2048, 64), (1, 4, 2048, 256)):
         yield "slstm", f"sLSTM {B} x {S}, {NH} heads of {DH}", *slstm, partial(slstm_case, B, NH, S, DH), 1e-5, False
     yield "slstm", "sLSTM there and back, 8 x 512", *slstm_back[:2], None, partial(slstm_case, 8, 8, 512, 64), 1e-5, False
     for S in (1, 2048): yield "norm", f"7B norm and gate, {S}", *norm, partial(norm_case, 1, 8, S, 512, bf16), 1e-2, True
     for S in (1, 2048): yield "norm", f"RMSNorm of ours and MLX's, {S}", rms, lambda x, w: mx.fast.rms_norm(x, w, 1e-6), rms64, partial(rms_case, S, 4096, bf16), 1e-2, True
     for B in (1, 8, 32): yield "step", f"7B step, batch {B}", *step, partial(cell_case, B, 8, 1, 256, 512, bf16), 1e-5, True
-    for S in (4, 16, 256, 2048): yield "sequence", f"7B prompt of {S}", *chunks, partial(cell_case, 1, 8, S, 256, 512, bf16), 1e-5, S <= 16
-    yield "sequence", "8 rows of 256, small heads", *chunks, partial(cell_case, 8, 4, 256, 32, 64, bf16), 1e-5, False
+    for S in (4, 16, 256): yield "sequence", f"7B prompt of {S}", *chunks, partial(cell_case, 1, 8, S, 256, 512, bf16), 1e-5, S <= 16
+    for t in (f32, bf16): # long inputs of 16 bits are multiplied in 16 bits
+        yield "sequence", f"7B prompt of 2048, {t}", *chunks, partial(cell_case, 1, 8, 2048, 256, 512, t), 1e-5 if t == f32 else 1e-2, False
+    yield "sequence", "8 rows of 256, small heads", *chunks, partial(cell_case, 8, 4, 256, 32, 64, bf16), 1e-2, False
     yield "gradient", "7B gradient, 128", *back, partial(cell_case, 1, 2, 128, 256, 512, f32), 1e-4, False # dm is a small difference
     for sizes, name in (((1, 8, 2048, 256, 512), "7B"), ((8, 4, 256, 32, 64), "small heads")):
         yield "gradient", f"{name} there and back, {sizes[2]}", *back[:2], None, partial(cell_case, *sizes, bf16), 1e-5, False
