@@ -124,12 +124,14 @@ def functions(): # name -> (f, arguments that choose types and constants)
     def short(args, t=mx.bfloat16): return [a.astype(t) for a in args]
     def mlstm(S, **kw):
         q, k, v, i, f, state = mlstm_args(S, **kw)
-        return [(q, k, v, i, f, state), (*short((q, k, v)), i, f, state)]
+        return [(q, k, v, i, f, state), (*short((q, k, v)), i, f, state, mask(S))]
+    def mask(S): return mx.ones((1, S), mx.bool_)
+    def slstm(S): return [slstm_args(S), (*slstm_args(S, DH=70), mask(S))]
     def conv(K): return metal.samples((2, 9, 5), (5, 1, K), (5,), (2, K - 1, 5))
     h, o, w, b = metal.samples((1, 2, 5, 33), (1, 5, 66), (66,), (66,))
     calls = {"_unmasked": [conv(4), short(conv(4)), conv(2)], "head_norm_gate": [(h, o, w), (h, o, w, b), (h, *short((o, w, b), mx.float16))],
              "mlstm_step": mlstm(1), "mlstm_recurrent": mlstm(5), "_short": mlstm(5), "_long": mlstm(70),
-             "slstm_step": [slstm_args(1), slstm_args(1, DH=70)], "slstm_sequence": [slstm_args(5), slstm_args(5, DH=70)]}
+             "slstm_step": slstm(1), "slstm_sequence": slstm(5)}
     return {name: (f, calls[name.rpartition(".")[2]]) for name, f in DISPATCHED.items()}
 
 
@@ -141,7 +143,7 @@ def wider(name, seed):
     def r(*shape, scale=1.0): return mx.array(rng.standard_normal(shape) * scale).astype(mx.float32)
     B, NH, S, DQK, DV = (int(rng.integers(1, n)) for n in (3, 3, 80, 90, 90))
     scale, t = float(rng.choice([.3, 1, 10])), [mx.float32, mx.bfloat16, mx.float16][seed % 3]
-    mask = mx.array(np.arange(S) >= rng.integers(0, S, (B, 1))) if seed % 2 else None
+    mask = mx.array(np.arange(S) >= rng.integers(0, S + 1, (B, 1))) if seed % 2 else None
     if name == "_unmasked":
         K = int(rng.integers(2, 9))
         return tuple(a.astype(t) for a in (r(B, S, DV, scale=scale), r(DV, 1, K), r(DV), r(B, K - 1, DV)))
@@ -150,10 +152,10 @@ def wider(name, seed):
     if name.startswith("slstm"):
         S, DH = (1 if name == "slstm_step" else min(S, 30)), [DQK, DV + 70][seed % 2]
         state = None if seed % 4 == 0 else (r(B, NH, DH), r(B, NH, DH, scale=scale), 1 + mx.abs(r(B, NH, DH)), r(B, NH, DH, scale=scale))
-        return r(B, NH, S, 4, DH, scale=scale), r(NH, 4, DH, DH) / DH**.5, r(NH, 4, DH), state, None if mask is None else mask[:, -S:]
+        return r(B, NH, S, 4, DH, scale=scale), r(NH, 4, DH, DH) / DH**.5, r(NH, 4, DH), state, None if mask is None else mask[:, :S]
     S = {"mlstm_step": 1, "_long": S + 16}.get(name, 1 + S % 16)
     state = None if seed % 4 == 0 else (r(B, NH, DQK, DV), r(B, NH, DQK), r(B, NH, 1, scale=5 * scale)[..., 0:1])
-    mask = mx.array(np.arange(S) >= rng.integers(0, S, (B, 1))) if seed % 2 else None
+    mask = mx.array(np.arange(S) >= rng.integers(0, S + 1, (B, 1))) if seed % 2 else None
     return *(a.astype(t) for a in (r(B, NH, S, DQK), r(B, NH, S, DQK), r(B, NH, S, DV))), r(B, NH, S, scale=scale * 3), r(B, NH, S, scale=scale * 3), state, mask
 
 

@@ -46,7 +46,7 @@ def mlstm_examples(
     DQK: int = 70, # key size per head
     DV: int = 130, # value size per head
 ) -> list[tuple]:
-    """Arguments for the self-test of a kernel that does the work of an mLSTM: more than one tile each way; a row that has read nothing, one that has.
+    """Arguments for the self-test of a kernel that does the work of an mLSTM: more than one tile each way; a row that has read nothing, one that has, one that is masked.
 
     Args:
         args: of a call: q, k, v, i, f, state, mask and others
@@ -54,13 +54,13 @@ def mlstm_examples(
         DQK: key size per head
         DV: value size per head
     """
-    used = mx.array([0., 1.]).reshape(2, 1, 1)
+    used = mx.array([0., 1., 1.]).reshape(3, 1, 1)
     def example(S):
         sizes = (S, DQK), (S, DQK), (S, DV), (S,), (S,), (DQK, DV), (DQK,), (1,)
-        q, k, v, i, f, C, n, m = samples(*[(2, 3, *s) for s in sizes])
+        q, k, v, i, f, C, n, m = samples(*[(3, 3, *s) for s in sizes])
         i, f = i + mx.array([-3, 0, 3])[:, None], f + mx.array([-100, 6, 0])[:, None] # of heads, one keeps, one writes
         m = m + mx.array([150, 0, 0])[:, None] # and one forgets almost all of very much
-        mask = mx.arange(S) >= mx.array([[0], [S // 3]])
+        mask = mx.arange(S) >= mx.array([[0], [S // 3], [S]])
         return like(args, (q, k, v, i, f, (used[..., None] * C, used * n, used * m), mask, *args[7:]))
     return [example(S) for S in lengths]
 

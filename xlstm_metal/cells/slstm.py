@@ -156,11 +156,12 @@ def _fits(x, *_) -> bool:
     B, _, _, _, DH = x.shape
     return DH <= 256 and B < 2**16 and x.size < 2**32
 
-def _slstm_examples(args, *lengths) -> list[tuple]: # x, R, b, (y, c, n, m), mask; the first row has read nothing
-    DH, NH, used = args[0].shape[-1], 2, mx.array([0., 1.]).reshape(2, 1, 1)
+def _slstm_examples(args, *lengths) -> list[tuple]: # x, R, b, (y, c, n, m), mask; a row has read nothing, one is masked
+    DH, NH, used = args[0].shape[-1], 2, mx.array([0., 1., 1.]).reshape(3, 1, 1)
     def example(S):
-        x, R, b, y, c, n, m = samples((2, NH, S, 4, DH), (NH, 4, DH, DH), (NH, 4, DH), *[(2, NH, DH)] * 4)
-        mask = mx.arange(S) >= mx.array([[S // 3], [0]])
+        x, R, b, y, c, n, m = samples((3, NH, S, 4, DH), (NH, 4, DH, DH), (NH, 4, DH), *[(3, NH, DH)] * 4)
+        x = x - mx.array([0, 100])[:, None, None, None] * mx.array([0, 1, 0, 0])[:, None] # a head that forgets almost all
+        mask = mx.arange(S) >= mx.array([[S // 3], [0], [S]])
         return like(args, (x, R / DH**.5, b, tuple(used * a for a in (y, c, 1 + mx.abs(n), m)), mask))
     return [example(S) for S in lengths]
 
