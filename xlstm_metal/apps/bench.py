@@ -108,7 +108,7 @@ def token_launches(
 def _prompt(model, n): return np.random.default_rng(0).integers(1, model.args.vocab_size, n).tolist()
 
 def time_decode(
-    model: Model,
+    model: Model, # that writes
     n: int = 100, # tokens
     rows: int = 1, # texts side by side
     context: int = 16, # tokens read before
@@ -116,6 +116,7 @@ def time_decode(
     """How fast a model writes.
 
     Args:
+        model: that writes
         n: tokens
         rows: texts side by side
         context: tokens read before
@@ -138,13 +139,14 @@ def time_decode(
     return dict(part="decode", rows=rows, context=context, tokens_per_second=rows * n / (time.perf_counter() - start))
 
 def time_prefill(
-    model: Model,
+    model: Model, # that reads
     n: int = 512, # tokens
     rounds: int = 3, # of which the fastest counts
 ) -> dict: # tokens_per_second, first_token in seconds, peak_memory in GB
     """How fast a model reads, up to the choice of the first token.
 
     Args:
+        model: that reads
         n: tokens
         rounds: of which the fastest counts
 
@@ -164,14 +166,16 @@ def time_prefill(
 def time_training(
     model: Model, # left as it is
     n: int = 512, # tokens in a row
-    rows: int = 4,
-    rounds: int = 3,
+    rows: int = 4, # at once
+    rounds: int = 3, # of which the median counts
 ) -> dict: # tokens_per_second, peak_memory in GB
     """How fast a model learns: forward, backward, clipping and AdamW, uncompiled.
 
     Args:
         model: left as it is
         n: tokens in a row
+        rows: at once
+        rounds: of which the median counts
 
     Returns:
         tokens_per_second, peak_memory in GB
@@ -234,7 +238,7 @@ class Report(dict):
 
 # %% ../../nbs/apps/64_bench.ipynb #ec484f8e
 def bench(
-    model: Model,
+    model: Model, # from `load`
     name: str = "model", # in the report
     *,
     prompts: list[int] = (512, 2048), # lengths to read
@@ -246,6 +250,7 @@ def bench(
     """Measure a model, and the machine it runs on.
 
     Args:
+        model: from `load`
         name: in the report
         prompts: lengths to read
         batches: rows to write side by side

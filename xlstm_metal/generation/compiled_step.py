@@ -63,9 +63,10 @@ class StandIn(nn.Module):
     """A layer's weights, and somebody else's `__call__`.
 
     Args:
+        layer: whose weights it shows
         call: (layer, x) -> y
     """
-    def __init__(self, layer: nn.Module, call): # call: (layer, x) -> y
+    def __init__(self, layer: nn.Module, call): # layer: whose weights it shows; call: (layer, x) -> y
         super().__init__()
         dict.update(self, layer)
         self._layer_and_call = layer, call
@@ -126,18 +127,22 @@ class Merged:
         if not isinstance(self.whole, nn.Linear): return self.whole(x)
         return mx.addmm(self.whole.bias, x, self.transposed) if "bias" in self.whole else x @ self.transposed
 
-    def __call__(self, layer, x): # of one of the layers
+    def __call__(self, layer, x): # layer: one of those; x: as for the layer
         """
         Args:
-            x: of one of the layers
+            layer: one of those
+            x: as for the layer
         """
         last = self.last
         if last[0] is not x: last = self.last = x, self._product(x)
         return last[1] if len(self.pieces) == 1 else last[1][..., self.pieces[id(layer)]]
 
 # %% ../../nbs/generation/57_compiled_step.ipynb #3b9bca7a
-def merge_linear(model: nn.Module) -> dict: # id of a layer -> `Merged`
+def merge_linear(model: nn.Module) -> dict: # model: weights become views; returns id of a layer -> `Merged`
     """Merge what is given the same input, and let no layer transpose its weights again for each token.
+
+    Args:
+        model: weights become views
 
     Returns:
         id of a layer -> `Merged`
@@ -146,10 +151,11 @@ def merge_linear(model: nn.Module) -> dict: # id of a layer -> `Merged`
     return {id(m): merged for group in groups for merged in [Merged(group)] for m in group}
 
 @contextmanager
-def merged_linear(model: nn.Module, merged: dict): # merged: from `merge_linear`
+def merged_linear(model: nn.Module, merged: dict): # model: its layers have stand-ins meanwhile; merged: from `merge_linear`
     """Inside a `with`, merged layers are computed as one.
 
     Args:
+        model: its layers have stand-ins meanwhile
         merged: from `merge_linear`
     """
     def by(m): return StandIn(m, merged[id(m)])
@@ -174,10 +180,10 @@ class Watch:
         yield from chain(model.values(), vars(model).values(), chain.from_iterable(d.values() for d in self.dicts), chain.from_iterable(self.lists))
         yield Watch
 
-    def same(self, model: nn.Module) -> bool: # that it was made for
+    def same(self, model: nn.Module) -> bool: # model: that it was made for
         """
-        Returns:
-            that it was made for
+        Args:
+            model: that it was made for
         """
         return all(map(is_, self._values(model), self.held))
 
@@ -191,8 +197,12 @@ class CompiledStep:
 
     def forget(self): self.watch = self.function = self.merged = None; self.waited = 0
 
-    def record(self, model: nn.Module):
-        "Merge what can be merged, and compile."
+    def record(self, model: nn.Module): # model: that owns this step
+        """Merge what can be merged, and compile.
+
+        Args:
+            model: that owns this step
+        """
         self.forget()
         merged, root = merge_linear(model), ref(model) # a model is gone when its owner lets go of it
         def step(ids, arrays):
