@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['chips', 'seconds', 'device_limits', 'token_bytes', 'token_launches', 'time_decode', 'time_prefill', 'time_training',
-           'Report', 'bench', 'compare_transformers', 'predict']
+           'Report', 'bench', 'unread_model', 'random_model', 'compare_transformers', 'predict']
 
 # %% ../../nbs/apps/64_bench.ipynb #7c0ac0d1
 import io, json, re, time
@@ -16,7 +16,7 @@ from statistics import median
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map_with_path
 from ..generation.generate import GenerationError, Sampling, tokens
 from ..generation.state import State, batch
 from ..metal import backend
@@ -207,7 +207,7 @@ class Report(dict):
             if "error" in r: continue
             who = f"{r['by']}: " if "by" in r else ""
             limit = self["limits"]["bandwidth"] * 1e9 / self["token_bytes"] * r["rows"] if r["part"] == "decode" else \
-                self["limits"]["products"] * 1e12 / (2 * self["parameters"]) / (3 if r["part"] == "training" else 1)
+                self["limits"]["products"] * 1e12 / 2 / (3 * (self["parameters"] + self["head_parameters"]) if r["part"] == "training" else self["parameters"])
             what = {"decode": f"decode, batch {r.get('rows')}, after {r.get('context')} tokens", "prefill": f"prefill, {r.get('tokens')} tokens",
                     "training": f"training, {r.get('rows')} rows of {r.get('tokens')}"}[r["part"]]
             yield who + what, r["tokens_per_second"], limit, r.get("peak_memory")
@@ -260,11 +260,48 @@ def bench(
     """
     dtype = next(w.dtype for _, w in tree_flatten(model.parameters()) if w.ndim > 1 and mx.issubdtype(w.dtype, mx.floating))
     gpu = mx.default_device() != mx.Device(mx.cpu)
-    weights = [m.weight.size * (32 // m.bits if hasattr(m, "bits") else 1) for _, m in model.named_modules() if "weight" in m and m is not model.embeddings]
+    def count(modules): return sum(m.weight.size * (32 // m.bits if hasattr(m, "bits") else 1) for m in modules if "weight" in m)
     info = dict(model=name, device=mx.device_info().get("device_name", "GPU") if gpu else "CPU", kernels=backend() or "plain form", dtype=str(dtype),
-                limits=device_limits(dtype, size), token_bytes=token_bytes(model), parameters=sum(weights))
+                limits=device_limits(dtype, size), token_bytes=token_bytes(model), parameters=count(model.backbone.modules()), head_parameters=model.args.vocab_size * model.args.hidden_size)
     rows = [*(time_decode(model, n, b) for b in batches), *(time_prefill(model, p) for p in prompts)]
     return Report(info, rows=rows + ([time_training(model, training[1], training[0])] if training else []))
+
+# %% ../../nbs/apps/64_bench.ipynb #57059191
+def unread_model(dims: int, blocks: int, heads: int) -> Model: # dims, blocks, heads: 4096, 32, 8: xLSTM 7B; returns one whose weights take no memory before they are needed
+    """A new model of blocks like those of xLSTM 7B. Raises `GenerationError`.
+
+    Args:
+        dims, blocks, heads: 4096, 32, 8: xLSTM 7B
+
+    Returns:
+        one whose weights take no memory before they are needed
+    """
+    from xlstm_metal.model.config import xLSTMConfig
+    try: return Model(xLSTMConfig.from_dict(vocab_size=50304, hidden_size=dims, num_hidden_layers=blocks, num_heads=heads))
+    except ValueError as e: raise GenerationError(f"there is no model of {dims} {blocks} {heads}: {e}") from e
+
+def random_model(
+    dims: int, blocks: int, heads: int, # 4096, 32, 8: xLSTM 7B
+    dtype: mx.Dtype | str = mx.bfloat16, # of all but gates
+    quantize: int | str | None = None, # 4, 8 or "mixed"
+) -> Model:
+    """A model of blocks like those of xLSTM 7B, with random weights. Raises `GenerationError`.
+
+    Args:
+        dims, blocks, heads: 4096, 32, 8: xLSTM 7B
+        dtype: of all but gates
+        quantize: 4, 8 or "mixed"
+    """
+    from xlstm_metal.model.quantize import bit_allocation, quantize_modules
+    model = unread_model(dims, blocks, heads)
+    dtype = getattr(mx, dtype) if isinstance(dtype, str) else dtype
+    def new(path, w):
+        w = w if w.ndim < 2 else .02 * mx.random.normal(w.shape)
+        return w.astype(dtype) if model.cast_predicate(path) else w
+    model.update(tree_map_with_path(new, model.parameters()))
+    if quantize: quantize_modules(model, bit_allocation(model, quantize))
+    mx.eval(model.parameters())
+    return model.eval()
 
 # %% ../../nbs/apps/64_bench.ipynb #74335d25
 def _transformers_rows(path, dtype: str, prompts, n: int):

@@ -101,6 +101,8 @@ def _add_convert(add):
 # %% ../../nbs/apps/60_cli.ipynb #11431fe2
 def _add_bench(add):
     _add_compute(add)
+    add("--sizes", type=_positive, nargs=3, metavar=("DIMS", "BLOCKS", "HEADS"),
+        help="random weights instead of a checkpoint; 4096 32 8 is xLSTM 7B")
     add("--prompts", type=_positive, nargs="+", default=[512, 2048], metavar="N", help="tokens to read (512 2048)")
     add("--batches", type=_positive, nargs="+", default=[1, 8], metavar="B", help="texts to write side by side (1 8)")
     add("--tokens", type=_positive, default=100, metavar="N", help="to write in each (%(default)s)")
@@ -173,16 +175,21 @@ def _check_output(path: Path): # of a file that will be written after long work
 
 def _cmd_bench(args):
     "A table on standard output."
-    from xlstm_metal.apps.bench import bench, compare_transformers, predict
+    from xlstm_metal.apps.bench import bench, compare_transformers, predict, random_model, unread_model
+    from xlstm_metal.generation.generate import GenerationError
     from xlstm_metal.files import bundled
     from xlstm_metal.model.checkpoint import config_and_headers, load
     from xlstm_metal.model.model import Model
     for path in filter(None, (args.json, args.picture)): _check_output(Path(path))
-    if args.predict: return print(predict(Model(config_and_headers(args.model, args.revision)[0])))
+    if args.sizes and (args.model or args.compare): raise GenerationError("--sizes takes random weights: leave out --model and --compare")
+    if args.predict and not args.sizes: return print(predict(Model(config_and_headers(args.model, args.revision)[0])))
+    if args.predict: return print(predict(unread_model(*args.sizes)))
     _set_device(args.device)
-    model, _ = load(args.model, args.dtype, revision=args.revision, quantize=args.quantize)
+    if args.sizes: model = random_model(*args.sizes, args.dtype or "bfloat16", args.quantize)
+    else: model, _ = load(args.model, args.dtype, revision=args.revision, quantize=args.quantize)
     how = dict(prompts=args.prompts, n=args.tokens)
-    report = bench(model, args.model or "bundled model", batches=args.batches, training=args.training, **how)
+    name = " x ".join(map(str, args.sizes)) if args.sizes else args.model or "bundled model"
+    report = bench(model, name, batches=args.batches, training=args.training, **how)
     if args.compare: report["rows"] += compare_transformers(args.model or bundled, report["dtype"].split(".")[-1], **how)
     print(report)
     if args.json: Path(args.json).write_text(json.dumps(report, indent=1))
