@@ -59,7 +59,7 @@ def device_limits(
     n = max(64, size // 4)
     wide = mx.random.normal((n, size)).astype(dtype)
     mx.eval(many, x, wide)
-    return dict(bandwidth=4 * many[0].nbytes / seconds(lambda: [x @ w.T for w in many]) / 1e9,
+    return dict(bandwidth=32 * many[0].nbytes / seconds(lambda: [x @ w.T for _ in range(8) for w in many]) / 1e9,
                 products=4 * 2 * n * size**2 / seconds(lambda: [wide @ w.T for w in many]) / 1e12)
 
 # %% ../../nbs/apps/64_bench.ipynb #52000ff2

@@ -209,7 +209,8 @@ class CompiledStep:
             model = root()
             cache = model.make_cache()
             for slot, a in zip(cache, arrays): slot.cache = a
-            with merged_linear(model, merged), only_forward(): logits = model(ids, cache)
+            one = merged if len(ids) == 1 else {} # of several rows, the pieces would be copies
+            with merged_linear(model, one), only_forward(): logits = model(ids, cache)
             return logits, [slot.cache for slot in cache]
         self.function, self.watch = mx.compile(step), Watch(model)
 
