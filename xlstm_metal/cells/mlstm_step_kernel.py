@@ -59,11 +59,11 @@ def mlstm_examples(
         sizes = (S, DQK), (S, DQK), (S, DV), (S,), (S,), (DQK, DV), (DQK,), (1,)
         q, k, v, i, f, C, n, m = samples(*[(3, 3, *s) for s in sizes])
         i, f = i + mx.array([-3, 0, 3])[:, None], f + mx.array([-100, 6, 0])[:, None] # of heads, one keeps, one writes
-        m = m + mx.array([150, 0, 0])[:, None] # and one forgets almost all of very much
+        m = (m + mx.array([150, 0, 0])[:, None]) * mx.array([0, 1, -1])[:, None, None] # and one forgets almost all of very much
         mask = mx.arange(S) >= mx.array([[0], [S // 3], [S]])
-        return like(args, (q, k, v, i, f, (used[..., None] * C, used * n, used * m), mask, *args[7:]))
+        return like(args, (q, k, v, i, f, (used[..., None] * C, used * n, m), mask, *args[7:]))
     return [example(S) for S in lengths]
 
 # %% ../../nbs/cells/13_mlstm_step_kernel.ipynb #ef5d5d4f
 mlstm_step = dispatch(step_kernel, mlstm_step_plain, _launch_step, fits=lambda q, k, v, *_: fits(k, v),
-                      examples=lambda *args: mlstm_examples(args, 1))
+                      examples=lambda *args: mlstm_examples(args, 1) + mlstm_examples(args, 1, DQK=77)) # the last rows in other slices

@@ -160,7 +160,8 @@ def _slstm_examples(args, *lengths) -> list[tuple]: # x, R, b, (y, c, n, m), mas
     DH, NH, used = args[0].shape[-1], 2, mx.array([0., 1., 1.]).reshape(3, 1, 1)
     def example(S):
         x, R, b, y, c, n, m = samples((3, NH, S, 4, DH), (NH, 4, DH, DH), (NH, 4, DH), *[(3, NH, DH)] * 4)
-        x = x - mx.array([0, 100])[:, None, None, None] * mx.array([0, 1, 0, 0])[:, None] # a head that forgets almost all
+        x = x - mx.array([0, 100])[:, None, None, None] * mx.array([0, 1, 0, 0])[:, None]
+        m = m + mx.array([0, 150])[:, None] # a head that forgets almost all of very much
         mask = mx.arange(S) >= mx.array([[S // 3], [0], [S]])
         return like(args, (x, R / DH**.5, b, tuple(used * a for a in (y, c, 1 + mx.abs(n), m)), mask))
     return [example(S) for S in lengths]
