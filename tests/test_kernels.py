@@ -3,6 +3,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -408,6 +409,20 @@ def test_faults_in_our_own_texts(host, monkeypatch, function, name, old, new, sa
     monkeypatch.setitem(metal.live_sources, f"{name}.metal", text.replace(old, new.format(old), 1))
     assert old in text
     with pytest.raises(host_module.KernelFault, match=says): mx.eval(getattr(cells, function)(*PUBLIC[function][0]))
+
+
+def test_mutants_of_kernels_are_noticed():
+    "A sample; `python tests/mutate.py` tries all."
+    r = subprocess.run([sys.executable, Path(__file__).with_name("mutate.py"), "mlstm_step", "causal_conv1d", "--sample", "3"], capture_output=True, text=True)
+    assert r.returncode == 0 and "caught: 100.0 %" in r.stdout, r.stdout + r.stderr
+
+
+def test_a_mutant_that_nobody_notices_is_an_error(tmp_path, capsys):
+    import mutate
+    m = next(m for m in mutate.mutants("mlstm_step.metal") if m.kind == "cast")
+    assert not mutate.report([(m, "self-test", None), (m, None, 0.0)], {mutate.key(m): "changes nothing"}, complete=True)
+    assert mutate.report([(m, None, 0.5)], {}, complete=False) == 1 and f"does not explain: {mutate.key(m)}" in capsys.readouterr().out
+    assert mutate.report([(m, "executor", None)], {mutate.key(m): "changes nothing"}, complete=True) == 1 # stale
 
 
 def narrow_numbers(text):
