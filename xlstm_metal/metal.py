@@ -209,10 +209,13 @@ def matches_reference(
     """
     with mx.stream(mx.cpu):
         wanted = reference(*args)
-        weights = tree_map(lambda x: mx.cos(mx.arange(x.size)).reshape(x.shape).astype(x.dtype), wanted)
+        weights = _weights(wanted)
         want = _values(reference, args, weights, with_gradients)
         mx.eval(want, weights)
     return _agree(_values(function, args, weights, with_gradients), want)
+
+def _weights(results): # of the sum whose gradient is compared
+    return tree_map(lambda x: mx.cos(mx.arange(x.size)).reshape(x.shape).astype(x.dtype), results)
 
 def _values(f, args, weights, with_gradients) -> list: # weights: of the results
     return _floats(gradients(f, args, weights) if with_gradients else f(*args))

@@ -188,6 +188,9 @@ class Watch:
         return all(map(is_, self._values(model), self.held))
 
 # %% ../../nbs/generation/57_compiled_step.ipynb #dcee54fa
+def _drops_out(model) -> bool: # asked before a recording; Watch sees when it changes
+    return any(isinstance(m, nn.Dropout) and m.training and m._p_1 < 1 for m in model.modules())
+
 class CompiledStep:
     "One token in each row, as one call; recorded again when the model has changed."
     patience = 4 # tokens before a recording is made
@@ -231,7 +234,7 @@ class CompiledStep:
         if self.watch is None or not self.watch.same(model):
             if self.watch: self.forget() # also what it holds
             self.waited += 1
-            if self.waited <= self.patience: return model(ids, cache)
+            if self.waited <= self.patience or _drops_out(model): return model(ids, cache)
             self.record(model)
         logits, arrays = self.function(ids, [slot.cache for slot in cache])
         for slot, a in zip(cache, arrays): slot.cache = a
@@ -250,8 +253,7 @@ def can_compile(
     """
     first = cache[0]
     return not (first.left_padding is not None or first.lengths is not None or any(slot.empty() for slot in cache)
-                or model.backbone.observer or any(b.grows for b in model.layers)
-                or any(isinstance(m, nn.Dropout) and m.training and m._p_1 < 1 for m in model.modules()))
+                or model.backbone.observer or any(b.grows for b in model.layers))
 
 def next_logits(
     model: nn.Module, # a language model
