@@ -138,6 +138,7 @@ def time_decode(
     for _ in islice(written, n): pass
     return dict(part="decode", rows=rows, context=context, tokens_per_second=rows * n / (time.perf_counter() - start))
 
+# %% ../../nbs/apps/64_bench.ipynb #410e9d23
 def time_prefill(
     model: Model, # that reads
     n: int = 512, # tokens
@@ -163,6 +164,7 @@ def time_prefill(
     took = min(once() for _ in range(rounds))
     return dict(part="prefill", tokens=n, tokens_per_second=n / took, first_token=took, peak_memory=mx.get_peak_memory() / 1e9)
 
+# %% ../../nbs/apps/64_bench.ipynb #bd0628a6
 def time_training(
     model: Model, # left as it is
     n: int = 512, # tokens in a row
