@@ -187,8 +187,10 @@ class Net:
         self.launches[name] = {n: a.dtype for n, a in inputs.items()} | {n: t for n, (_, t) in outputs.items()}, template
         if name in self.changed: return self.run(name, text, inputs, outputs, grid, threads, template, includes)
         key = name, repr((template, outputs, grid)), *(bytes(memoryview(a.flatten().view(self.mx.uint8))) for a in inputs.values())
-        if key not in self.kept: self.kept[key] = self.run(name, text, inputs, outputs, grid, threads, template, includes)
-        return self.kept[key]
+        if key in self.kept: return self.kept[key]
+        results = self.run(name, text, inputs, outputs, grid, threads, template, includes)
+        if self.file not in self.metal.live_sources: self.kept[key] = results # what follows a fault is of no use again
+        return results
 
     def asked(self, f, args): # -> what the self-test of a call compares: by kernel, arguments, weights of the results, the plain form's values
         import inspect
@@ -262,13 +264,16 @@ def main():
     parser.add_argument("--sample", type=int, help="so many mutants of each file")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--to", type=Path, help="write what became of every mutant, as JSON lines")
+    parser.add_argument("--to", type=Path, help="write what became of every mutant, as JSON lines; what stands there is not run again")
     a = parser.parse_args()
     files = [f.name for f in sorted(FOLDER.glob("*")) if f.stem not in ("host", "cuda", "types") and (not a.files or f.stem in a.files)]
     chosen = {f: mutants(f) for f in files}
     if a.sample: chosen = {f: random.Random(a.seed).sample(ms, min(a.sample, len(ms))) for f, ms in chosen.items()}
+    found = [(Mutant(*m), who, d) for *m, who, d in map(json.loads, a.to.open())] if a.to and a.to.exists() else []
+    done = {m for m, _, _ in found}
+    chosen = {f: [m for m in ms if m not in done] for f, ms in chosen.items()}
     spawn = multiprocessing.get_context("spawn") # MLX does not survive a fork
-    results, waiting, at_work, found = spawn.Queue(), sorted(files, key=lambda f: len(chosen[f])), 0, []
+    results, waiting, at_work = spawn.Queue(), sorted(files, key=lambda f: len(chosen[f])), 0
     def start(file): spawn.Process(target=work, args=(file, chosen[file], results), daemon=True).start()
     while waiting or at_work:
         while waiting and at_work < a.processes: start(waiting.pop()); at_work += 1

@@ -382,3 +382,31 @@ def test_score(tmp_path, capsys):
     r = run("score", "-f", "-", input=text.read_text())
     assert (r.stdout, r.stderr) == (last + "\n", "")
     assert "the text is empty" in refused("score", "-f", "-", input="")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a Mac multiplies with Accelerate")
+def test_slow_products_are_told_once(tmp_path):
+    (tmp_path / "long.txt").write_text("def f(x): return x\n" * 60)
+    slow = subprocess.run([*XLSTM, "generate", "-f", tmp_path / "long.txt", "-p", "x", "--max-tokens", "2"], capture_output=True, text=True,
+                          env={k: v for k, v in ENV.items() if k != "LD_PRELOAD"} | {"XLSTM_METAL_OPENBLAS": "0"})
+    assert slow.returncode == 0 and slow.stderr.count("matrix products are slow") == 1, slow.stderr
+    short = run("generate", "-p", "x", "--max-tokens", "2")
+    assert "matrix products" not in short.stderr
+
+
+def test_bench(tmp_path):
+    r = run("bench", "--prompts", "64", "--batches", "1", "2", "--tokens", "4", "--training", "1", "16", "--json", tmp_path / "b.json", "--picture", tmp_path / "b.png")
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert r.returncode == 0 and [x["part"] for x in report["rows"]] == ["decode", "decode", "prefill", "training"] and "tokens/s" in r.stdout
+    assert all(x["tokens_per_second"] > 0 for x in report["rows"]) and (tmp_path / "b.png").stat().st_size > 5000
+    r = run("bench", "--sizes", "4096", "32", "8", "--predict")
+    assert r.returncode == 0 and "M4 Max" in r.stdout and "13719" not in r.stderr # nothing is allocated
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--sizes", "64", "2", "3"], "there is no model of 64 2 3"), (["--sizes", "64", "2", "2", "-m", "x"], "leave out --model"),
+    (["--json", "/no/such/folder/b.json"], "cannot be written"), (["--tokens", "0"], "must be a whole number"), (["--picture", "b.txt"], "must end with"),
+    (["-m", "/no/such/model"], "/no/such/model"), (["--quantize", "4", "--training", "1", "16"], "quantised model cannot be trained")])
+def test_bench_refuses(words, says):
+    r = run("bench", *words)
+    assert r.returncode == 2 and says in r.stderr and "Traceback" not in r.stderr, r.stderr

@@ -18,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 from ..generation.generate import GenerationError, Sampling, tokens
+from ..blas import advice
 from ..generation.state import State, batch
 from ..metal import backend
 from ..model.model import Model
@@ -185,7 +186,6 @@ def time_training(
     from copy import deepcopy
     from mlx.optimizers import clip_grad_norm
     from xlstm_metal.train.train import lm_loss, make_optimizer
-    if any(hasattr(m, "scales") for m in model.modules()): raise GenerationError("a quantised model cannot be trained: bench it without --training")
     model, ids = deepcopy(model), mx.array(_prompt(model, rows * (n + 1))).reshape(rows, n + 1)
     optimizer, grad = make_optimizer(100), nn.value_and_grad(model, partial(lm_loss, model))
     optimizer.init(model.trainable_parameters())
@@ -219,7 +219,8 @@ class Report(dict):
                 f"measured: {self['limits']['bandwidth']:.3g} GB/s, {self['limits']['products']:.3g} TFLOP/s; {self['token_bytes'] / 1e6:.1f} MB a token",
                 "", f"{'':44}{'tokens/s':>10}{'limit':>10}{'share':>7}{'GB':>7}"]
         body = [f"{what:44}{speed:10.1f}{limit:10.0f}{speed / limit:7.0%}{'' if memory is None else f'{memory:.1f}':>7}" for what, speed, limit, memory in self.rows()]
-        return "\n".join([*head, *body, *(f"{r['by']}: {r['error']}" for r in self["rows"] if "error" in r)])
+        notes = [*(f"{r['by']}: {r['error']}" for r in self["rows"] if "error" in r), *filter(None, [self.get("advice")])]
+        return "\n".join([*head, *body, *notes])
 
     def picture(self, path: str | Path): # of a PNG or SVG
         """Bars: what was reached of what the machine could do.
@@ -260,11 +261,13 @@ def bench(
         training: rows and tokens of a training step; None: none
         size: of the matrices that measure the machine, as for `device_limits`
     """
+    if training and any(hasattr(m, "scales") for m in model.modules()):
+        raise GenerationError("a quantised model cannot be trained: bench it without --training")
     dtype = next(w.dtype for _, w in tree_flatten(model.parameters()) if w.ndim > 1 and mx.issubdtype(w.dtype, mx.floating))
     gpu = mx.default_device() != mx.Device(mx.cpu)
     def count(modules): return sum(m.weight.size * (32 // m.bits if hasattr(m, "bits") else 1) for m in modules if "weight" in m)
     info = dict(model=name, device=mx.device_info().get("device_name", "GPU") if gpu else "CPU", kernels=backend() or "plain form", dtype=str(dtype),
-                limits=device_limits(dtype, size), token_bytes=token_bytes(model), parameters=count(model.backbone.modules()), head_parameters=model.args.vocab_size * model.args.hidden_size)
+                limits=device_limits(dtype, size), advice=advice(), token_bytes=token_bytes(model), parameters=count(model.backbone.modules()), head_parameters=model.args.vocab_size * model.args.hidden_size)
     rows = [*(time_decode(model, n, b) for b in batches), *(time_prefill(model, p) for p in prompts)]
     return Report(info, rows=rows + ([time_training(model, training[1], training[0])] if training else []))
 

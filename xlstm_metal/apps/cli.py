@@ -10,6 +10,7 @@ import argparse, errno, json, os, sys
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from ..blas import advice, use_openblas
 
 # %% ../../nbs/apps/60_cli.ipynb #77cd9d19
 def parser() -> argparse.ArgumentParser:
@@ -131,6 +132,7 @@ def main(
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"): argv.insert(0, "generate")
     args = parser().parse_args(argv)
+    use_openblas()
     from xlstm_metal.generation.generate import GenerationError
     from xlstm_metal.files import CheckpointError
     try: return args.run(args) or 0
@@ -230,6 +232,8 @@ def _cmd_generate(args):
         _print_stream(runner.stream(prompt or "", **sampling), pieces := [])
         print(flush=True)
         if pieces: print(_speed(pieces[-1]), file=sys.stderr)
+        is_long = args.file or pieces and pieces[-1].prompt_tokens > 200
+        if is_long and (hint := advice()): print(hint, file=sys.stderr)
 
 # %% ../../nbs/apps/60_cli.ipynb #ee2dd013
 def _cmd_chat(args):
