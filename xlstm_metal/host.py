@@ -172,27 +172,45 @@ def _program(name: str, text: str, inputs: dict, outputs: dict, template: dict, 
 class _Arg(ctypes.Structure): # as in host.h
     _fields_ = [("data", ctypes.c_void_p), ("n", ctypes.c_long), ("ndim", ctypes.c_int), ("shape", ctypes.c_int * 8)]
 
+_flags = ["-std=c++20", "-Og", "-w", "-fPIC", "-U_FORTIFY_SOURCE"]
 _loaded = {} # C++ text -> function
+
+def _compiler() -> str:
+    if found := shutil.which("clang++") or shutil.which("g++"): return found
+    raise KernelFault("there is no C++ compiler (clang++ or g++) to run kernels on the host")
+
+def _folder(*parts: str) -> Path: # named after all that goes in
+    digest = hashlib.sha256("".join(parts).encode()).hexdigest()[:24]
+    return Path(tempfile.gettempdir()) / f"xlstm-metal-{os.getuid()}" / digest
+
+def _written(path: Path, write) -> Path: # write: (path of a part)
+    "A file that exists as a whole or not at all, also where two processes write it."
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part := path.with_name(f"{os.getpid()}-{path.name}"))
+        os.replace(part, path)
+    return path
+
+# %% ../nbs/03_host.ipynb #d25cdfda
+def _header(compiler: str) -> Path: # folder with host.h
+    "The header, compiled once for all kernels where g++ compiles them: half of the time that a kernel takes."
+    header = kernel_source("host.h")
+    folder = _folder(compiler, header)
+    source = _written(folder / "host.h", lambda part: part.write_text(header))
+    def compile(part): subprocess.run([compiler, *_flags, "-x", "c++-header", source, "-o", part], capture_output=True, check=True)
+    if "clang" not in compiler: _written(folder / "host.h.gch", compile)
+    return folder
 
 def _build(name: str, text: str):
     "Compile a program once, and keep it for the next process."
-    header = kernel_source("host.h")
-    if (key := text + header) in _loaded: return _loaded[key]
-    compiler = shutil.which("clang++") or shutil.which("g++")
-    if compiler is None:
-        raise KernelFault("there is no C++ compiler (clang++ or g++) to run kernels on the host")
-    digest = hashlib.sha256((compiler + key).encode()).hexdigest()[:24]
-    stem = Path(tempfile.gettempdir()) / f"xlstm-metal-{os.getuid()}" / digest
-    if not (lib := stem.with_suffix(".so")).exists():
-        stem.mkdir(parents=True, exist_ok=True)
-        (stem / "host.h").write_text(header)
-        (stem / "kernel.cpp").write_text(text)
-        part = stem / f"{os.getpid()}.so"
-        flags = ["-std=c++20", "-Og", "-w", "-shared", "-fPIC", "-U_FORTIFY_SOURCE"]
-        r = subprocess.run([compiler, *flags, "-o", part, stem / "kernel.cpp"], capture_output=True, text=True)
+    if (key := text + kernel_source("host.h")) in _loaded: return _loaded[key]
+    folder = _folder(compiler := _compiler(), key)
+    def compile(part):
+        (folder / f"{part.stem}.cpp").write_text(text)
+        args = [compiler, *_flags, "-shared", "-I", _header(compiler), "-o", part, folder / f"{part.stem}.cpp"]
+        r = subprocess.run(args, capture_output=True, text=True)
         if r.returncode: raise KernelFault(f"kernel {name} does not compile: {r.stderr[:2000]}")
-        os.replace(part, lib)
-    _loaded[key] = ctypes.CDLL(str(lib)).run
+    _loaded[key] = ctypes.CDLL(str(_written(folder / "kernel.so", compile))).run
     return _loaded[key]
 
 # %% ../nbs/03_host.ipynb #87ab1668
