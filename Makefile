@@ -12,7 +12,7 @@ LIMIT := $(if $(shell command -v timeout),timeout 1500)
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # MLX's own products on Linux are some thirty times as slow as OpenBLAS's (nbs/05_blas)
 OPENBLAS := $(firstword $(wildcard /usr/lib/*-linux-gnu/libopenblas.so.0 /usr/lib64/libopenblas.so.0 /usr/lib/libopenblas.so.0))
-QUICK := MLX_DISABLE_COMPILE=1 $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
+QUICK := MLX_DISABLE_COMPILE=1 XLSTM_METAL_TUNED=$(CURDIR)/build/none.json $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
 SERIAL := $(if $(filter Darwin,$(OS)),--n_workers 0)
 # for the shell cells of notebooks
 export PATH := $(BIN):$(PATH)

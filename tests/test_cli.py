@@ -410,3 +410,28 @@ def test_bench(tmp_path):
 def test_bench_refuses(words, says):
     r = run("bench", *words)
     assert r.returncode == 2 and says in r.stderr and "Traceback" not in r.stderr, r.stderr
+
+
+def test_tune(tmp_path):
+    "What was measured is kept, used by the next process, and forgotten on demand; the greedy text stays what it was."
+    tuned = tmp_path / "cache" / "tuned.json"
+    env = dict(XLSTM_METAL_TUNED=str(tuned))
+    r = run("tune", "-m", FIXTURES / "hf_tiny", "--device", "cpu", env=env)
+    assert r.returncode == 0 and "tokens read at once: " in r.stdout and r.stdout.count("*") == 2 and str(tuned) in r.stdout, r.stderr
+    (choices,) = json.loads(tuned.read_text()).values()
+    assert choices["step"] in ("eager", "compiled", "merged")
+    tuned.write_text(json.dumps({machine: c | {"step": "merged"} for machine, c in json.loads(tuned.read_text()).items()}))
+    texts = [run("generate", "-p", "def f(x):", "--max-tokens", "20", env=e).stdout for e in (env, {})]
+    assert texts[0] == texts[1] != ""
+    assert run("tune", "--forget", env=env).returncode == 0 and list(json.loads(tuned.read_text()).values()) == [{}]
+
+
+def test_tune_refuses(tmp_path):
+    (tmp_path / "file").write_text("")
+    r = run("tune", env=dict(XLSTM_METAL_TUNED=str(tmp_path / "file" / "tuned.json")))
+    assert r.returncode == 2 and "cannot be written" in r.stderr and r.stderr.count("\n") == 1
+    r = run("tune", "--sizes", "64", "2", "2", "-m", "x")
+    assert r.returncode == 2 and "leave out --model" in r.stderr
+    (tmp_path / "tuned.json").write_text("[1, 2")
+    r = run("generate", "-p", "x", "--max-tokens", "2", env=dict(XLSTM_METAL_TUNED=str(tmp_path / "tuned.json")))
+    assert r.returncode == 0 and "is damaged and is not used" in r.stderr

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['chips', 'seconds', 'device_limits', 'token_bytes', 'token_launches', 'time_decode', 'time_prefill', 'time_training',
-           'Report', 'bench', 'unread_model', 'random_model', 'compare_transformers', 'predict']
+           'Report', 'bench', 'unread_model', 'random_model', 'compare', 'predict']
 
 # %% ../../nbs/apps/64_bench.ipynb #7c0ac0d1
-import io, json, re, time
+import io, json, os, re, subprocess, sys, time
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -97,9 +97,9 @@ def token_launches(
     """
     cache = model.make_cache()
     mx.eval(model(mx.array([[1]]), cache), [slot.state for slot in cache])
-    from xlstm_metal.generation.compiled_step import CompiledStep
+    from xlstm_metal.generation.compiled_step import CompiledStep, step_choices
     step = CompiledStep()
-    step.record(model)
+    with step_choices(model, "merged"): step.record(model)
     out = io.StringIO()
     mx.export_to_dot(out, *(a for _, a in tree_flatten(step.function(mx.array([[1]]), [slot.cache for slot in cache]))))
     names = [re.sub("Compiled.+", "Compiled", n) for n in re.findall(r'label ="([^"]+)", shape=rectangle', out.getvalue())]
@@ -309,21 +309,8 @@ def random_model(
     return model.eval()
 
 # %% ../../nbs/apps/64_bench.ipynb #74335d25
-def _transformers_rows(path, dtype: str, prompts, n: int):
+def _torch_rows(read, write, prompts, n): # read: prompt's length -> seconds; write: tokens -> seconds
     import torch
-    from transformers import AutoModelForCausalLM
-    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-    device = "cuda" if torch.cuda.is_available() else "cpu" # xLSTM's kernels have nothing for a Mac's GPU there
-    theirs = theirs.to(device).eval()
-    def ids(length): return torch.tensor(np.random.default_rng(0).integers(1, theirs.config.vocab_size, (1, length)), device=device)
-    def read(length):
-        start = time.perf_counter()
-        theirs(ids(length), logits_to_keep=1).logits.argmax().item()
-        return time.perf_counter() - start
-    def write(tokens):
-        start = time.perf_counter()
-        theirs.generate(ids(16), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-        return time.perf_counter() - start
     with torch.inference_mode():
         write(8)
         yield dict(part="decode", rows=1, context=16, tokens_per_second=n / (write(n + 8) - min(write(8) for _ in range(3))))
@@ -332,24 +319,75 @@ def _transformers_rows(path, dtype: str, prompts, n: int):
             took = min(read(p) for _ in range(3))
             yield dict(part="prefill", tokens=p, tokens_per_second=p / took, first_token=took)
 
-def compare_transformers(
-    path: str | Path, # folder of a checkpoint that transformers can read
+def _timed(f, *args) -> float: # f: reads a number back at its end
+    start = time.perf_counter()
+    f(*args)
+    return time.perf_counter() - start
+
+def _transformers_rows(path: str, dtype: str, prompts: list, n: int):
+    import torch
+    from transformers import AutoModelForCausalLM
+    device = "cuda" if torch.cuda.is_available() else "cpu" # xLSTM's kernels have nothing for a Mac's GPU there
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(device).eval()
+    def ids(length): return torch.tensor(np.random.default_rng(0).integers(1, theirs.config.vocab_size, (1, length)), device=device)
+    def read(p): theirs(ids(p), logits_to_keep=1).logits.argmax().item()
+    def write(n): theirs.generate(ids(16), max_new_tokens=n, min_new_tokens=n, do_sample=False)
+    return _torch_rows(partial(_timed, read), partial(_timed, write), prompts, n)
+
+# %% ../../nbs/apps/64_bench.ipynb #989f3de6
+def _nxai_rows(sizes: dict, dtype: str, prompts: list, n: int):
+    import torch
+    from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
+    gpu = torch.cuda.is_available()
+    kernels = ("chunkwise--triton_limit_chunk", "native_sequence__triton", "triton") if gpu else ("chunkwise--native_autograd", "native_sequence__native", "native")
+    config = xLSTMLargeConfig(**sizes, mode="inference", return_last_states=True, autocast_kernel_dtype=dtype, weight_mode="fused",
+                              **dict(zip(("chunkwise_kernel", "sequence_kernel", "step_kernel"), kernels)))
+    theirs = xLSTMLarge(config).to("cuda" if gpu else "cpu", getattr(torch, dtype)).eval()
+    def forward(ids, state=None): return theirs(torch.tensor(ids, device="cuda" if gpu else "cpu"), state)
+    def read(p): forward([list(range(1, p + 1))])[0][:, -1].argmax().item()
+    def write(n): # greedy
+        logits, state = forward([list(range(1, 17))])
+        for _ in range(n):
+            logits, state = theirs(logits[:, -1:].argmax(-1), state)
+        logits.argmax().item()
+    return _torch_rows(partial(_timed, read), partial(_timed, write), prompts, n)
+
+# %% ../../nbs/apps/64_bench.ipynb #1f5afa2f
+def compare(
+    program: str, # transformers, with the same checkpoint; nxai, with random weights of the same sizes
+    model: Model, # whose sizes are meant
+    path: str | Path | None, # folder of its checkpoint
     dtype: str, # float32, bfloat16, float16
     prompts: list[int], n: int, # as for `bench`
 ) -> list[dict]: # rows of a report
-    """The same measurements with Hugging Face transformers.
+    """The same measurements with another program, in a process of its own.
 
     Args:
-        path: folder of a checkpoint that transformers can read
+        program: transformers, with the same checkpoint; nxai, with random weights of the same sizes
+        model: whose sizes are meant
+        path: folder of its checkpoint
         dtype: float32, bfloat16, float16
         prompts, n: as for `bench`
 
     Returns:
         rows of a report
     """
-    try: return [r | dict(by="transformers") for r in _transformers_rows(path, dtype, prompts, n)]
-    except ImportError as e: return [dict(by="transformers", error=f"not compared: {e}")]
-    except (OSError, ValueError, RuntimeError) as e: return [dict(by="transformers", error=f"cannot run this checkpoint: {str(e).splitlines()[0]}")]
+    what = str(path) if program == "transformers" else _sizes(model)
+    code = f"import json, sys\nfrom xlstm_metal.apps.bench import _{program}_rows as rows\nfor r in rows(*json.loads(sys.argv[1])): print('row', json.dumps(r))"
+    env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"} # PyTorch brings its own products
+    r = subprocess.run([sys.executable, "-c", code, json.dumps([what, dtype, list(prompts), n])], capture_output=True, text=True, env=env)
+    found = [json.loads(line[4:]) for line in r.stdout.splitlines() if line.startswith("row ")]
+    failed = [dict(error=f"not compared: {r.stderr.strip().splitlines()[-1]}")] if r.returncode else []
+    return [row | dict(by=program) for row in found + failed]
+
+def _sizes(model: Model) -> dict: # as NX-AI's package calls them. Raises `GenerationError`
+    blocks = {(n.kind, *sorted(n.kwargs.items())) for n in model.args.blocks}
+    given = dict(model.args.blocks[0].kwargs)
+    if len(blocks) > 1 or model.args.blocks[0].kind != "mlstm" or "qk_dims" not in given:
+        raise GenerationError("NX-AI's package has models of blocks like those of xLSTM 7B only: leave out --compare nxai")
+    D = model.args.hidden_size
+    return dict(embedding_dim=D, num_heads=given["num_heads"], num_blocks=len(model.layers), vocab_size=model.args.vocab_size,
+                qk_dim_factor=given["qk_dims"] / D, v_dim_factor=given["v_dims"] / D, ffn_proj_factor=given["ffn_dims"] / D, ffn_round_up_to_multiple_of=1)
 
 # %% ../../nbs/apps/64_bench.ipynb #ae7583ed
 chips = {"M1": 68, "M1 Pro": 200, "M1 Max": 400, "M1 Ultra": 800, "M2": 100, "M2 Pro": 200, "M2 Max": 400, "M2 Ultra": 800, "M3": 100, "M3 Pro": 150,

@@ -16,14 +16,15 @@ from ..blas import advice, use_openblas
 def parser() -> argparse.ArgumentParser:
     "The commands and their options."
     p = argparse.ArgumentParser("xlstm-metal", description="xLSTM language models on Apple's MLX. The default command is generate.")
-    sub = p.add_subparsers(dest="command", required=True, metavar="generate|chat|score|info|convert|bench|mlx")
+    sub = p.add_subparsers(dest="command", required=True, metavar="generate|chat|score|info|convert|bench|tune|mlx")
     for name, run, add_options, does in (
             ("generate", _cmd_generate, _add_generate, "continue a prompt; the default command"),
             ("chat", _cmd_chat, _add_sampling, "chat; the conversation is kept in the state and never read again"),
             ("score", _cmd_score, _add_score, "log-probability and perplexity of a text"),
             ("info", _cmd_info, _add_info, "describe a checkpoint without loading weights"),
             ("convert", _cmd_convert, _add_convert, "rewrite a checkpoint, bit for bit or quantised"),
-            ("bench", _cmd_bench, _add_bench, "how fast a model writes and reads here, and how fast this machine could")):
+            ("bench", _cmd_bench, _add_bench, "how fast a model writes and reads here, and how fast this machine could"),
+            ("tune", _cmd_tune, _add_tune, "measure which forms are faster on this machine, and use them from now on")):
         s = sub.add_parser(name, help=does, description=does)
         s.set_defaults(run=run)
         add_options(s.add_argument)
@@ -100,15 +101,24 @@ def _add_convert(add):
     add("--config", metavar="FILE", help="config.json or config.yaml, for a pickle without one beside it")
 
 # %% ../../nbs/apps/60_cli.ipynb #11431fe2
-def _add_bench(add):
+def _add_tune(add):
     _add_compute(add)
+    _add_sizes(add)
+    add("--forget", action="store_true", help="instead: go back to what the package takes where nothing was measured")
+
+def _add_sizes(add):
     add("--sizes", type=_positive, nargs=3, metavar=("DIMS", "BLOCKS", "HEADS"),
         help="random weights instead of a checkpoint; 4096 32 8 is xLSTM 7B")
+
+def _add_bench(add):
+    _add_compute(add)
+    _add_sizes(add)
     add("--prompts", type=_positive, nargs="+", default=[512, 2048], metavar="N", help="tokens to read (512 2048)")
     add("--batches", type=_positive, nargs="+", default=[1, 8], metavar="B", help="texts to write side by side (1 8)")
     add("--tokens", type=_positive, default=100, metavar="N", help="to write in each (%(default)s)")
     add("--training", type=_positive, nargs=2, metavar=("ROWS", "TOKENS"), help="measure a training step, too")
-    add("--compare", choices=("transformers",), help="measure the same checkpoint with another program, too")
+    add("--compare", choices=("transformers", "nxai"), nargs="+", default=[], metavar="PROGRAM",
+        help="measure other programs, too: transformers, with the same checkpoint; nxai, with weights of the same sizes")
     add("--json", metavar="FILE", help="write the report")
     add("--picture", metavar="FILE", help="write a picture of it")
     add("--predict", action="store_true", help="instead: what the bandwidth of Apple's chips allows, without weights")
@@ -177,25 +187,48 @@ def _check_output(path: Path): # of a file that will be written after long work
 
 def _cmd_bench(args):
     "A table on standard output."
-    from xlstm_metal.apps.bench import bench, compare_transformers, predict, random_model, unread_model
+    from xlstm_metal.apps.bench import bench, compare, predict, unread_model
     from xlstm_metal.generation.generate import GenerationError
     from xlstm_metal.files import bundled
-    from xlstm_metal.model.checkpoint import config_and_headers, load
+    from xlstm_metal.model.checkpoint import config_and_headers
     from xlstm_metal.model.model import Model
     for path in filter(None, (args.json, args.picture)): _check_output(Path(path))
-    if args.sizes and (args.model or args.compare): raise GenerationError("--sizes takes random weights: leave out --model and --compare")
+    if args.sizes and (args.model or "transformers" in args.compare): raise GenerationError("--sizes takes random weights: leave out --model and --compare transformers")
     if args.predict and not args.sizes: return print(predict(Model(config_and_headers(args.model, args.revision)[0])))
     if args.predict: return print(predict(unread_model(*args.sizes)))
     _set_device(args.device)
-    if args.sizes: model = random_model(*args.sizes, args.dtype or "bfloat16", args.quantize)
-    else: model, _ = load(args.model, args.dtype, revision=args.revision, quantize=args.quantize)
+    model = _model_or_sizes(args)
     how = dict(prompts=args.prompts, n=args.tokens)
     name = " x ".join(map(str, args.sizes)) if args.sizes else args.model or "bundled model"
     report = bench(model, name, batches=args.batches, training=args.training, **how)
-    if args.compare: report["rows"] += compare_transformers(args.model or bundled, report["dtype"].split(".")[-1], **how)
+    for program in args.compare: report["rows"] += compare(program, model, args.model or bundled, report["dtype"].split(".")[-1], **how)
     print(report)
     if args.json: Path(args.json).write_text(json.dumps(report, indent=1))
     if args.picture: report.picture(args.picture)
+
+# %% ../../nbs/apps/60_cli.ipynb #b327e53b
+def _model_or_sizes(args):
+    from xlstm_metal.apps.bench import random_model
+    from xlstm_metal.model.checkpoint import load
+    if args.sizes: return random_model(*args.sizes, args.dtype or "bfloat16", args.quantize)
+    return load(args.model, args.dtype, revision=args.revision, quantize=args.quantize)[0]
+
+def _cmd_tune(args):
+    "A line for each choice, the winner marked."
+    from xlstm_metal.apps.tune import tune
+    from xlstm_metal.generation.generate import GenerationError
+    from xlstm_metal.tuned import keep, tuned_file
+    import mlx.core as mx
+    if args.sizes and args.model: raise GenerationError("--sizes takes random weights: leave out --model")
+    _set_device(args.device)
+    folder = next(p for p in tuned_file().parents if p.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK): # before minutes of work
+        raise GenerationError(f"{tuned_file()} cannot be written: {folder} is " + ("read-only" if folder.is_dir() else "a file"))
+    if args.forget:
+        keep({})
+        return print(f"nothing is kept for this machine in {tuned_file()}")
+    mx.enable_compile() # a compiled step is a candidate, on a CPU, too
+    tune(_model_or_sizes(args), report=lambda line: print(line, flush=True))
 
 # %% ../../nbs/apps/60_cli.ipynb #84c9235f
 def _cmd_score(args):
@@ -259,7 +292,8 @@ def _set_device(name: str | None):
     from xlstm_metal.generation.generate import GenerationError
     if name == "gpu" and not mx.is_available(mx.gpu): raise GenerationError("there is no GPU that MLX can use on this machine")
     if name: mx.set_default_device(mx.Device(getattr(mx, name)))
-    if mx.default_device() == mx.Device(mx.cpu): mx.disable_compile() # it would run a C++ compiler for seconds to save milliseconds
+    from xlstm_metal.generation.compiled_step import how_to_step
+    if mx.default_device() == mx.Device(mx.cpu) and how_to_step() == "eager": mx.disable_compile() # a C++ compiler would run for seconds
 
 # %% ../../nbs/apps/60_cli.ipynb #1dba968e
 def _print_stream(pieces, printed: list): # gains each `Piece`, those before Ctrl-C included

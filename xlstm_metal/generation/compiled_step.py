@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['find_linear', 'replaced', 'StandIn', 'same_inputs', 'Merged', 'merge_linear', 'merged_linear', 'Watch', 'drops_out',
-           'CompiledStep', 'can_compile', 'next_logits', 'is_worth_it']
+           'CompiledStep', 'can_compile', 'next_logits', 'how_to_step', 'step_choices']
 
 # %% ../../nbs/generation/57_compiled_step.ipynb #def094df
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from copy import copy
 from itertools import chain
 from operator import is_
@@ -20,6 +21,7 @@ import numpy as np
 from ..blocks import block as registered
 from ..kernel_text import live_sources
 from ..metal import only_forward
+from ..tuned import choice
 
 # %% ../../nbs/generation/57_compiled_step.ipynb #8a0635e0
 _linear = nn.Linear.__call__, nn.QuantizedLinear.__call__ # a subclass with another one computes something else
@@ -119,7 +121,7 @@ class Merged:
             for m in layers: m[name] = w[self.pieces[id(m)]]
             mx.eval(w, [m[name] for m in layers])
         if isinstance(self.whole, nn.Linear): # else a node in each step
-            self.transposed = self.whole.weight.T
+            self.transposed = self.whole.weight.T[None] # for a matrix MLX would reshape x, and then the result
             mx.eval(self.transposed)
 
     def _product(self, x):
@@ -205,13 +207,13 @@ class CompiledStep:
     def forget(self): self.watch = self.function = self.merged = None; self.waited = 0
 
     def record(self, model: nn.Module): # model: that owns this step
-        """Merge what can be merged, and compile.
+        """Merge what can be merged, where that is faster, and compile.
 
         Args:
             model: that owns this step
         """
         self.forget()
-        merged, root = merge_linear(model), ref(model) # a model is gone when its owner lets go of it
+        merged, root = merge_linear(model) if how_to_step() == "merged" else {}, ref(model) # a model is gone when its owner lets go of it
         def step(ids, arrays):
             model = root()
             cache = model.make_cache()
@@ -274,10 +276,31 @@ def next_logits(
     Returns:
         (B, S, V) float32
     """
-    if ids.shape[1] != 1 or not is_worth_it() or not can_compile(model, cache): return model(ids, cache)
+    if ids.shape[1] != 1 or how_to_step() == "eager" or not can_compile(model, cache): return model(ids, cache)
     if not isinstance(step := vars(model).get("_step"), CompiledStep): step = model._step = CompiledStep()
     return step(model, ids, cache)
 
-def is_worth_it() -> bool:
-    "On a GPU; on a CPU MLX would run a C++ compiler for seconds to save milliseconds."
-    return mx.default_device() != mx.Device(mx.cpu)
+def how_to_step() -> str: # eager, compiled, merged (and compiled)
+    """As it was measured on this machine. Before that, merged on a GPU; on a CPU eager, for MLX would run a C++ compiler for seconds to save milliseconds.
+
+    Returns:
+        eager, compiled, merged (and compiled)
+    """
+    return _forced.get() or choice("step", "eager" if mx.default_device() == mx.Device(mx.cpu) else "merged")
+
+_forced = ContextVar("forced", default=None)
+
+@contextmanager
+def step_choices(model: nn.Module, how: str): # model: gets a step of its own meanwhile; how: as `how_to_step` says it
+    """Inside a `with`, steps are taken in one way, and recordings of before are forgotten.
+
+    Args:
+        model: gets a step of its own meanwhile
+        how: as `how_to_step` says it
+    """
+    kept, token = vars(model).pop("_step", None), _forced.set(how)
+    try: yield
+    finally:
+        _forced.reset(token)
+        vars(model).pop("_step", None)
+        if kept is not None: model._step = kept

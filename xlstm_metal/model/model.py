@@ -15,6 +15,7 @@ from ..cells.norms import LayerNorm, RMSNorm
 from .layout import xLSTMConfig
 from ..wiring.run import BlockStack, block_neuron, blocks_of
 from ..wiring.wiring import Executable, WiringError
+from ..tuned import choice
 
 # %% ../../nbs/model/41_model.ipynb #70ebd82c
 norms = {"rms": RMSNorm, "layer": LayerNorm}
@@ -131,7 +132,9 @@ class Model(nn.Module):
     def layers(self) -> list: return self.backbone.blocks
     def make_cache(self) -> list: return self.backbone.make_cache()
     @property
-    def prefill_chunk_size(self) -> int: return min(self.args.max_inference_chunksize, _most_tokens()) # most tokens read in one go
+    def prefill_name(self) -> str: return f"prefill {self.args.hidden_size}x{len(self.layers)}" # what `tuned.choice` calls the next line
+    @property
+    def prefill_chunk_size(self) -> int: return min(self.args.max_inference_chunksize, choice(self.prefill_name, _most_tokens())) # most tokens read in one go
 
     def hidden(self,
         ids: mx.array, # (B, S) int
