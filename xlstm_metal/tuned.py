@@ -6,11 +6,10 @@
 __all__ = ['tuned_file', 'machine', 'choice', 'keep']
 
 # %% ../nbs/06_tuned.ipynb #dd4db084
-import json, os, warnings
+import json, os, sys, warnings
 from functools import cache
 from pathlib import Path
 import mlx.core as mx
-from . import __version__
 
 # %% ../nbs/06_tuned.ipynb #9673aafd
 def tuned_file() -> Path: # may not exist
@@ -25,7 +24,7 @@ def tuned_file() -> Path: # may not exist
 def machine() -> str:
     "What choices depend on: device, MLX, this package."
     name = mx.device_info().get("device_name", "GPU") if mx.default_device() != mx.Device(mx.cpu) else "CPU"
-    return f"{name}, MLX {mx.__version__}, xlstm-metal {__version__}"
+    return f"{name}, MLX {mx.__version__}, xlstm-metal {sys.modules['xlstm_metal'].__version__}"
 
 # %% ../nbs/06_tuned.ipynb #47d0f17c
 def _read() -> dict: # machine -> name -> choice

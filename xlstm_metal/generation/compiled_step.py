@@ -189,11 +189,11 @@ class Watch:
         return all(map(is_, self._values(model), self.held))
 
 # %% ../../nbs/generation/57_compiled_step.ipynb #dcee54fa
-def drops_out(model: nn.Module) -> bool: # or any module
+def drops_out(model: nn.Module) -> bool: # model: or any module
     """Whether dropout is at work in some part.
 
-    Returns:
-        or any module
+    Args:
+        model: or any module
     """
     return any(isinstance(m, nn.Dropout) and m.training and m._p_1 < 1 for m in model.modules())
 
