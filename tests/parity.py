@@ -36,6 +36,7 @@ from fixtures.make import hf_gradients, hf_greedy, hf_model, hf_run, randomise, 
 from fixtures.make import stack_gradients, stack_greedy, stack_model, stack_steps  # noqa: E402
 
 import xlstm_metal as xm  # noqa: E402
+from xlstm_metal.cells import mlstm_chunk_gradients as chunk_gradients  # noqa: E402
 from xlstm_metal.cells.mlstm_chunks import mlstm_chunkwise_plain  # noqa: E402
 from xlstm_metal.cells.mlstm import mlstm_parallel, mlstm_recurrent_plain, mlstm_step_plain  # noqa: E402
 from xlstm_metal.generation.score import score  # noqa: E402
@@ -566,6 +567,13 @@ def bf16_row(row, folder, seed):
     compare(row, folder, answer, dtype=mx.bfloat16, limits=limits)
 
 
+def long_chunks_row(row, folder, seed):
+    "The same with the cell's form for long texts on a GPU: products in 16 bits, gates and states in float32."
+    kept, chunk_gradients._chunk_length = chunk_gradients._chunk_length, lambda q, v: 16 if q.dtype == mx.bfloat16 and q.shape[2] > 16 else 0
+    try: bf16_row(row, folder, seed)
+    finally: chunk_gradients._chunk_length = kept
+
+
 def bundled_row(row, folder, seed):
     "The model that comes with the package, which transformers reads from the same folder."
     model = xLSTMForCausalLM.from_pretrained(bundled, dtype=torch.float32, autocast_kernel_dtype="float32").eval()
@@ -607,6 +615,7 @@ def rows(seed, draws):
         yield Row(f"stack {name}", sizes), partial(model_row, make=stack_case, seed=own(name))
     yield Row("transformers bundled", BUNDLED), partial(bundled_row, seed=own("bundled"))
     yield Row("transformers bf16", BF16), partial(bf16_row, seed=own("bf16"))
+    yield Row("transformers bf16 chunks", BF16), partial(long_chunks_row, seed=own("bf16"))
     for name, sizes in CELLS.items():
         yield Row(f"cell {name}", sizes), partial(cell_row, seed=own(name))
 
