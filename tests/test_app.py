@@ -162,7 +162,8 @@ def test_generate_stop_fork_continue_in_two_displays(lab):
     app.set("tokens", 9)
     app.click("Continue")
     wait_until(lambda: app.status().startswith("9 of 9 tokens generated"), "the end of the task")
-    assert app.text() == PROMPT + xm.generate(*xm.load(), PROMPT, max_tokens=count - 3 + 9)
+    longer = PROMPT + xm.generate(*xm.load(), PROMPT, max_tokens=count - 3 + 9)
+    wait_until(lambda: app.text() == longer, "the text of the fork without a cursor")
     wait_until(lambda: twin.text() == app.text() and twin.status() == app.status(), "the other display")
 
 

@@ -245,10 +245,10 @@ from xlstm_metal.generation.generate import Sampling, tokens
 from xlstm_metal.generation.state import State
 from xlstm_metal.model.checkpoint import load
 
-def until_done(work): # interrupted at any moment, again and again: how often, and how often it was said where
+def until_done(work): # interrupted at any moment, less and less soon, so that a slow machine gets on: how often, and how often it was said where
     stops = said = 0
     while True:
-        thread = threading.Thread(target=lambda: (time.sleep(random.uniform(0, .2)), os.kill(os.getpid(), signal.SIGINT)))
+        thread = threading.Thread(target=lambda: (time.sleep(random.uniform(0, .2 + .03 * stops)), os.kill(os.getpid(), signal.SIGINT)))
         try:
             thread.start()
             work()
