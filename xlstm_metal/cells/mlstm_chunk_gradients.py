@@ -116,7 +116,8 @@ def _launch_short(q, k, v, i, f, state, mask, chunk_size, eps):
 _short = dispatch(recurrent_kernel, mlstm_chunkwise_plain, _launch_short, fits=lambda q, k, v, *_: fits(k, v),
                   examples=_recurrent_examples, constants=_recurrent_rows)
 _long = dispatch(state_kernel, mlstm_chunkwise_plain, _launch_chunks, _chunks_gradient,
-                 fits=lambda q, k, v, *_: _chunks_fit(k, v), examples=lambda *args: mlstm_examples(args, 64, 170)) # a last chunk of 42: more than half full
+                 fits=lambda q, k, v, *_: _chunks_fit(k, v), examples=lambda *args: # chunks of 64, 42 and 20 tokens; one tile, and several
+                 mlstm_examples(args, 20, DQK=8, DV=24) + mlstm_examples(args, 64, 170))
 
 # %% ../../nbs/cells/15_mlstm_chunk_gradients.ipynb #e2a302bf
 def long_chunk_name(q: mx.array, v: mx.array) -> str: # as for `mlstm_chunkwise`
