@@ -36,24 +36,27 @@ def _read() -> dict: # machine -> name -> choice
     warnings.warn(f"{tuned_file()} is damaged and is not used: run xlstm-metal tune again")
     return {}
 
-@cache
-def _choices(file: Path, machine: str) -> dict: return _read().get(machine, {})
+@cache # asked for each token
+def _choices(machine: str, *where) -> dict: return _read().get(machine, {})
 
 def choice(
     name: str, # of what is to be chosen
     default, # where nothing was measured, or nothing of its type
+    valid=None, # whether a value can be used; None: any
 ): # what `keep` was given, or the default
     """What was faster on this machine.
 
     Args:
         name: of what is to be chosen
         default: where nothing was measured, or nothing of its type
+        valid: whether a value can be used; None: any
 
     Returns:
         what `keep` was given, or the default
     """
-    found = _choices(tuned_file(), machine()).get(name, default)
-    return found if type(found) is type(default) else default
+    where = os.environ.get("XLSTM_METAL_TUNED"), os.environ.get("XDG_CACHE_HOME")
+    found = _choices(machine(), *where).get(name, default)
+    return found if type(found) is type(default) and (valid is None or valid(found)) else default
 
 # %% ../nbs/06_tuned.ipynb #6926ff81
 def keep(choices: dict): # choices: name -> whole number or text; {} forgets all that was measured on this machine

@@ -136,7 +136,8 @@ def _chunk_length(q, v) -> int: # tokens in a long chunk; 0: by kernel
     DQK, DV = q.shape[-1], v.shape[-1]
     is_long = q.dtype in (mx.bfloat16, mx.float16) and q.size // DQK >= 2**13 # below that, launches take longer than what they do
     if not is_long or backend() not in ("metal", "cuda"): return 0
-    return choice(long_chunk_name(q, v), min(512, max(64, 2**round(log2(1.5 * DQK * DV / (DQK + DV))))))
+    usual = min(512, max(64, 2**round(log2(1.5 * DQK * DV / (DQK + DV)))))
+    return choice(long_chunk_name(q, v), usual, lambda n: n >= 0)
 
 # %% ../../nbs/cells/15_mlstm_chunk_gradients.ipynb #b37153fa
 def mlstm_chunkwise(

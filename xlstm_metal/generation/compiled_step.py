@@ -121,11 +121,11 @@ class Merged:
             for m in layers: m[name] = w[self.pieces[id(m)]]
             mx.eval(w, [m[name] for m in layers])
         if isinstance(self.whole, nn.Linear): # else a node in each step
-            self.transposed = self.whole.weight.T[None] # for a matrix MLX would reshape x, and then the result
+            self.transposed = self.whole.weight.T[None] # for a matrix MLX would reshape x (1, 1, D), and then the result
             mx.eval(self.transposed)
 
     def _product(self, x):
-        if not isinstance(self.whole, nn.Linear): return self.whole(x)
+        if not isinstance(self.whole, nn.Linear) or x.ndim < 3: return self.whole(x)
         return mx.addmm(self.whole.bias, x, self.transposed) if "bias" in self.whole else x @ self.transposed
 
     def __call__(self, layer, x): # layer: one of those; x: as for the layer
@@ -286,7 +286,8 @@ def how_to_step() -> str: # eager, compiled, merged (and compiled)
     Returns:
         eager, compiled, merged (and compiled)
     """
-    return _forced.get() or choice("step", "eager" if mx.default_device() == mx.Device(mx.cpu) else "merged")
+    usual = "eager" if mx.default_device() == mx.Device(mx.cpu) else "merged"
+    return _forced.get() or choice("step", usual, lambda how: how in ("eager", "compiled", "merged"))
 
 _forced = ContextVar("forced", default=None)
 

@@ -134,7 +134,7 @@ class Model(nn.Module):
     @property
     def prefill_name(self) -> str: return f"prefill {self.args.hidden_size}x{len(self.layers)}" # what `tuned.choice` calls the next line
     @property
-    def prefill_chunk_size(self) -> int: return min(self.args.max_inference_chunksize, choice(self.prefill_name, _most_tokens())) # most tokens read in one go
+    def prefill_chunk_size(self) -> int: return min(self.args.max_inference_chunksize, choice(self.prefill_name, _most_tokens(), lambda n: n > 0)) # most tokens read in one go
 
     def hidden(self,
         ids: mx.array, # (B, S) int
