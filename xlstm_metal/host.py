@@ -197,7 +197,9 @@ def _header(compiler: str) -> Path: # folder with host.h
     header = kernel_source("host.h")
     folder = _folder(compiler, header)
     source = _written(folder / "host.h", lambda part: part.write_text(header))
-    def compile(part): subprocess.run([compiler, *_flags, "-x", "c++-header", source, "-o", part], capture_output=True, check=True)
+    def compile(part):
+        r = subprocess.run([compiler, *_flags, "-x", "c++-header", source, "-o", part], capture_output=True, text=True)
+        if r.returncode: raise KernelFault(f"host.h does not compile: {r.stderr[:2000]}")
     if "clang" not in compiler: _written(folder / "host.h.gch", compile)
     return folder
 
