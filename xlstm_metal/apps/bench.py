@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['chips', 'seconds', 'device_limits', 'token_bytes', 'token_launches', 'time_decode', 'time_prefill', 'time_training',
-           'Report', 'bench', 'unread_model', 'random_model', 'compare', 'predict']
+           'Report', 'bench', 'unread_model', 'random_model', 'compare', 'nxai_sizes', 'predict']
 
 # %% ../../nbs/apps/64_bench.ipynb #7c0ac0d1
 import io, json, os, re, subprocess, sys, time
@@ -344,7 +344,7 @@ def _nxai_rows(sizes: dict, dtype: str, prompts: list, n: int):
                               **dict(zip(("chunkwise_kernel", "sequence_kernel", "step_kernel"), kernels)))
     theirs = xLSTMLarge(config).to("cuda" if gpu else "cpu", getattr(torch, dtype)).eval()
     def forward(ids, state=None): return theirs(torch.tensor(ids, device="cuda" if gpu else "cpu"), state)
-    def read(p): forward([list(range(1, p + 1))])[0][:, -1].argmax().item()
+    def read(p): forward([[j % sizes["vocab_size"] for j in range(p)]])[0][:, -1].argmax().item()
     def write(n): # greedy
         logits, state = forward([list(range(1, 17))])
         for _ in range(n):
@@ -372,7 +372,7 @@ def compare(
     Returns:
         rows of a report
     """
-    what = str(path) if program == "transformers" else _sizes(model)
+    what = str(path) if program == "transformers" else nxai_sizes(model)
     code = f"import json, sys\nfrom xlstm_metal.apps.bench import _{program}_rows as rows\nfor r in rows(*json.loads(sys.argv[1])): print('row', json.dumps(r))"
     env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"} # PyTorch brings its own products
     r = subprocess.run([sys.executable, "-c", code, json.dumps([what, dtype, list(prompts), n])], capture_output=True, text=True, env=env)
@@ -380,7 +380,15 @@ def compare(
     failed = [dict(error=f"not compared: {r.stderr.strip().splitlines()[-1]}")] if r.returncode else []
     return [row | dict(by=program) for row in found + failed]
 
-def _sizes(model: Model) -> dict: # as NX-AI's package calls them. Raises `GenerationError`
+def nxai_sizes(model: Model) -> dict: # model: of blocks like those of xLSTM 7B; returns what NX-AI's package calls them
+    """Sizes of a model for NX-AI's package. Raises `GenerationError` where that has no such models.
+
+    Args:
+        model: of blocks like those of xLSTM 7B
+
+    Returns:
+        what NX-AI's package calls them
+    """
     blocks = {(n.kind, *sorted(n.kwargs.items())) for n in model.args.blocks}
     given = dict(model.args.blocks[0].kwargs)
     if len(blocks) > 1 or model.args.blocks[0].kind != "mlstm" or "qk_dims" not in given:

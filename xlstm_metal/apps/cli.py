@@ -187,7 +187,7 @@ def _check_output(path: Path): # of a file that will be written after long work
 
 def _cmd_bench(args):
     "A table on standard output."
-    from xlstm_metal.apps.bench import bench, compare, predict, unread_model
+    from xlstm_metal.apps.bench import bench, compare, nxai_sizes, predict, unread_model
     from xlstm_metal.generation.generate import GenerationError
     from xlstm_metal.files import bundled
     from xlstm_metal.model.checkpoint import config_and_headers
@@ -198,6 +198,7 @@ def _cmd_bench(args):
     if args.predict: return print(predict(unread_model(*args.sizes)))
     _set_device(args.device)
     model = _model_or_sizes(args)
+    if "nxai" in args.compare: nxai_sizes(model) # before minutes of work
     how = dict(prompts=args.prompts, n=args.tokens)
     name = " x ".join(map(str, args.sizes)) if args.sizes else args.model or "bundled model"
     report = bench(model, name, batches=args.batches, training=args.training, **how)
