@@ -1,6 +1,6 @@
 """The kernels on this machine's GPU: how far from float64, and how fast against the plain form.
 
-    python tests/gpu.py [norm] [step] [sequence] [gradient] [conv] [slstm] [long] [decode] [bits] [wiring] [training] [--quick] [--report FOLDER]
+    python tests/gpu.py [norm] [step] [sequence] [gradient] [chunks] [conv] [slstm] [long] [decode] [bits] [wiring] [training] [--quick] [--report FOLDER]
 
 Without names all parts. A row is a kernel and a size: worst relative error of the kernel and of the plain form against float64 on
 the same inputs, and the time of both (ten calls in flight together, median over rounds, compiled except for chunks). Exits with 1
@@ -31,7 +31,7 @@ import xlstm_metal as xm  # noqa: E402
 from xlstm_metal import metal  # noqa: E402
 from xlstm_metal.cells import (  # noqa: E402
     causal_conv1d, causal_conv1d_plain, head_norm_gate, head_norm_gate_plain, mlstm_chunkwise, mlstm_chunkwise_plain,
-    mlstm_step, mlstm_step_plain, slstm_sequence, slstm_sequence_plain)
+    mlstm_long_chunks, mlstm_long_chunks_plain, mlstm_step, mlstm_step_plain, slstm_sequence, slstm_sequence_plain)
 from xlstm_metal.model.config import xLSTMConfig  # noqa: E402
 from xlstm_metal.model.quantize import bit_allocation, quantize_modules  # noqa: E402
 from xlstm_metal.model.model import Model  # noqa: E402
@@ -59,6 +59,9 @@ def cell64(q, k, v, i, f, state):
         n, m, x = F[..., None] * n + I[..., None] * k[:, :, t], m1, q[:, :, t] / np.sqrt(q.shape[-1])
         h.append(np.einsum("bhd,bhdv->bhv", x, C) / (np.maximum(np.abs((x * n).sum(-1)), np.exp(-m)) + 1e-6)[..., None])
     return [np.stack(h, 2), C, n, m[..., None]]
+
+
+def long_form(f, L, q, k, v, i, f_gate, state): return f(q, k, v, i, f_gate, state, None, L)
 
 
 def norm_case(B, NH, S, DV, dtype, seed=0):
@@ -281,6 +284,11 @@ def cases(quick):
     yield "gradient", "7B gradient, 128", *back, partial(cell_case, 1, 2, 128, 256, 512, f32), 1e-4, False # dm is a small difference
     for sizes, name in (((1, 8, 2048, 256, 512), "7B"), ((8, 4, 256, 32, 64), "small heads")):
         yield "gradient", f"{name} there and back, {sizes[2]}", *back[:2], None, partial(cell_case, *sizes, bf16), 1e-5, False
+    for sizes, L in (((1, 8, 2048, 256, 512), 256), ((1, 8, 16384, 256, 512), 256), ((32, 4, 512, 128, 256), 128), ((8, 4, 2048, 128, 256), 128), ((2, 4, 8192, 128, 256), 128)):
+        long = [partial(long_form, f, L) for f in (mlstm_long_chunks, mlstm_long_chunks_plain)]
+        name = f"{sizes[0]} x {sizes[2]}, {sizes[1]} heads of {sizes[3]} by {sizes[4]}"
+        yield "chunks", name, *map(last_head, long), last_head(cell64) if sizes[0] == 1 else None, partial(cell_case, *sizes, bf16), 1e-2, True
+        yield "chunks", f"{name}, and back", *map(gradient, long), None, partial(cell_case, *sizes, bf16), 1e-2, True
     for S in (1, 2048): yield "conv", f"4096 channels, {S}", *conv, partial(conv_case, 1, S, 4096, bf16), 1e-2, True
     yield "conv", "4096 channels there and back", with_gradient(causal_conv1d, (0, 3)), with_gradient(causal_conv1d_plain, (0, 3)), None, partial(conv_case, 1, 2048, 4096, bf16), 1e-2, True
 
@@ -431,7 +439,7 @@ def kernels(mode):
     finally: os.environ["XLSTM_METAL_KERNELS"] = before
 
 
-PARTS = "norm", "step", "sequence", "gradient", "conv", "slstm", "long", "decode", "bits", "wiring", "training"
+PARTS = "norm", "step", "sequence", "gradient", "chunks", "conv", "slstm", "long", "decode", "bits", "wiring", "training"
 
 
 def measure(case):

@@ -17,7 +17,7 @@ from mlx_lm.models.cache import ArraysCache
 
 import xlstm_metal as xm
 from xlstm_metal import cells, host as host_module, metal
-from xlstm_metal.cells import conv, mlstm_chunk_gradients, mlstm_chunk_kernels, mlstm_step_kernel, norms, slstm
+from xlstm_metal.cells import conv, mlstm_chunk_gradients, mlstm_chunk_kernels, mlstm_long_kernels, mlstm_step_kernel, norms, slstm
 from xlstm_metal.generation.generate import Sampling, tokens
 from xlstm_metal.generation.state import State
 from xlstm_metal.host import run
@@ -27,7 +27,7 @@ from xlstm_metal.model.model import Model
 from xlstm_metal.train.train import fit, init_weights, lm_loss, make_optimizer
 
 FOLDER = Path(__file__).parents[1] / "kernels"
-MODULES = conv, norms, mlstm_step_kernel, mlstm_chunk_kernels, mlstm_chunk_gradients, slstm
+MODULES = conv, norms, mlstm_step_kernel, mlstm_chunk_kernels, mlstm_long_kernels, mlstm_chunk_gradients, slstm
 KERNELS = sorted({k for m in MODULES for k in vars(m).values() if isinstance(k, metal.Kernel)}, key=lambda k: k.name)
 NAMES = [k.name for k in KERNELS]
 DISPATCHED = {f"{m.__name__.rpartition('.')[2]}.{n}": f for m in MODULES for n, f in vars(m).items() if hasattr(f, "tested") and f.__module__ == m.__name__}
@@ -48,6 +48,7 @@ PUBLIC = {
     "mlstm_step": (mlstm_args(1), "mlstm_step"),
     "mlstm_recurrent": (mlstm_args(5), "mlstm_recurrent"),
     "mlstm_chunkwise": (mlstm_args(70), "mlstm_chunk_output"),
+    "mlstm_long_chunks": ((*mlstm_args(70), None, 40), "mlstm_long_output"),
     "slstm_step": (slstm_args(1), "slstm_sequence"),
     "slstm_sequence": (slstm_args(5), "slstm_sequence"),
     "causal_conv1d": (metal.samples((2, 9, 5), (5, 1, 4), (5,)), "causal_conv1d"),
@@ -163,11 +164,12 @@ def grads(f, args):
 
 def test_self_tests_come_once_for_each_type_and_constant(as_if_metal):
     assert DISPATCHED.keys() == {"conv._unmasked", "norms.head_norm_gate", "mlstm_step_kernel.mlstm_step", "mlstm_chunk_kernels.mlstm_recurrent",
-                                 "mlstm_chunk_gradients._short", "mlstm_chunk_gradients._long", "slstm.slstm_step", "slstm.slstm_sequence"}
+                                 "mlstm_chunk_gradients._short", "mlstm_chunk_gradients._long", "mlstm_long_kernels.mlstm_long_chunks",
+                                 "slstm.slstm_step", "slstm.slstm_sequence"}
     for name, (args, _) in PUBLIC.items(): grads(getattr(cells, name), args)
     assert {name for name, ran in metal.kernel_report().items() if "metal" in ran} == set(NAMES)
     there_and_back = {name for name, f in DISPATCHED.items() if list(f.tested.values()) == [True, True]}
-    assert there_and_back == {"conv._unmasked", "norms.head_norm_gate", "mlstm_chunk_gradients._long", "slstm.slstm_step", "slstm.slstm_sequence"}
+    assert there_and_back == {"conv._unmasked", "norms.head_norm_gate", "mlstm_chunk_gradients._long", "mlstm_long_kernels.mlstm_long_chunks", "slstm.slstm_step", "slstm.slstm_sequence"}
     assert all(list(DISPATCHED[name].tested.values()) == [True] for name in ("mlstm_step_kernel.mlstm_step", "mlstm_chunk_kernels.mlstm_recurrent"))
     before = metal.kernel_report()
     q, k, v, *rest = PUBLIC["mlstm_step"][0]

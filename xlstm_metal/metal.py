@@ -198,6 +198,7 @@ def matches_reference(
     reference, # the definition
     args: tuple, # arguments of both
     with_gradients: bool = True, # compare gradients, too
+    tolerance: float | None = None, # relative; None: by the type of each result
 ) -> bool:
     """Whether two functions have the same results and the same gradients: within 1e-4 of their norm, or the last of 16 bits.
 
@@ -206,13 +207,14 @@ def matches_reference(
         reference: the definition
         args: arguments of both
         with_gradients: compare gradients, too
+        tolerance: relative; None: by the type of each result
     """
     with mx.stream(mx.cpu):
         wanted = reference(*args)
         weights = _weights(wanted)
         want = _values(reference, args, weights, with_gradients)
         mx.eval(want, weights)
-    return _agree(_values(function, args, weights, with_gradients), want)
+    return _agree(_values(function, args, weights, with_gradients), want, tolerance)
 
 def _weights(results): # of the sum whose gradient is compared
     return tree_map(lambda x: mx.cos(mx.arange(x.size)).reshape(x.shape).astype(x.dtype), results)
@@ -220,8 +222,8 @@ def _weights(results): # of the sum whose gradient is compared
 def _values(f, args, weights, with_gradients) -> list: # weights: of the results
     return _floats(gradients(f, args, weights) if with_gradients else f(*args))
 
-def _agree(got: list, want: list) -> bool:
-    return len(got) == len(want) and all(_distance(a, b) <= _tolerance[b.dtype] for a, b in zip(got, want))
+def _agree(got: list, want: list, tolerance: float | None = None) -> bool:
+    return len(got) == len(want) and all(_distance(a, b) <= (tolerance or _tolerance[b.dtype]) for a, b in zip(got, want))
 
 def _distance(a, b) -> float: # relative, of the worst row and head: a large one would hide the others; nan if one of them has nan
     rows = b.shape[0] * b.shape[1] if b.ndim > 2 else 1
@@ -259,6 +261,7 @@ def dispatch(
     fits=lambda *args: True, # arguments -> whether a launch can serve them
     examples=lambda *args: [], # arguments of a call -> lists of arguments for a self-test, with the same types and constants of the text
     constants=lambda *args: (), # arguments -> the constants of the text, where types do not tell them
+    tolerance=lambda *args: None, # arguments -> as for `matches_reference`
 ):
     """`plain` as a function that runs by kernel where kernels run: same arguments, results and derivatives.
 
@@ -270,19 +273,21 @@ def dispatch(
         fits: arguments -> whether a launch can serve them
         examples: arguments of a call -> lists of arguments for a self-test, with the same types and constants of the text
         constants: arguments -> the constants of the text, where types do not tell them
+        tolerance: arguments -> as for `matches_reference`
     """
     defaults = [p.default for p in signature(plain).parameters.values()]
     required = defaults.count(Parameter.empty)
     fused = _differentiable(plain, launch, gradient and (lambda args, *more: gradient(args, *more) if passes(args, True) else None))
     def by_kernel(*args): return launch(*args)[0] if _only_forward.get() else fused(args, None)[0]
-    def passes(args, with_gradients=False): return _passes(kernel, by_kernel, plain, args, with_gradients, examples, constants, tested)
+    def passes(args, with_gradients=False): return _passes(kernel, args, with_gradients, all_match, constants, tested)
+    def all_match(args, with_gradients=True): return all(matches_reference(by_kernel, plain, e, with_gradients, tolerance(*e)) for e in examples(*args))
     tested = {}
     @wraps(plain)
     def function(*args, **named):
         if named or len(args) < required: args = _bind(plain, args, named)
         else: args += tuple(defaults[len(args):]) # this way costs a step of a model nothing
         return plain(*args) if kernel.use(fits(*args), lambda: passes(args)) is None else by_kernel(*args)
-    function.tested, function.self_test = tested, lambda *args: all(matches_reference(by_kernel, plain, e) for e in examples(*args))
+    function.tested, function.self_test = tested, lambda *args: all_match(args)
     return _named(function, plain, launch.__module__)
 
 # %% ../nbs/02_metal.ipynb #d5aa023d
@@ -328,13 +333,13 @@ def _differentiable(plain, launch, gradient):
     return fused
 
 # %% ../nbs/02_metal.ipynb #1d67cba0
-def _passes(kernel, function, plain, args, with_gradients, examples, constants, tested) -> bool:
+def _passes(kernel, args, with_gradients, all_match, constants, tested) -> bool:
     "The self-test for the types and constants of a call; it runs once for each."
     if backend() not in kernel.needs_self_test: return True
     variant = with_gradients, constants(*args), *(a.dtype if isinstance(a, mx.array) else a is None for _, a in tree_flatten(args))
     if variant not in tested:
         tested[variant], why = True, "it disagrees with the plain form" # True, so that the test can launch
-        try: tested[variant] = all(matches_reference(function, plain, e, with_gradients) for e in examples(*args))
+        try: tested[variant] = all_match(args, with_gradients)
         except (RuntimeError, ValueError) as e: tested[variant], why = False, e
         what = "the gradient of kernel" if with_gradients else "kernel"
         if not tested[variant]: warnings.warn(f"{what} {kernel.name} stays unused on this machine: {why}")

@@ -11,7 +11,7 @@ import mlx.core as mx
 from .bench import seconds, time_decode
 from ..blocks import mlstm
 from ..cells import mlstm_chunk_gradients as forms
-from ..cells.mlstm_chunks import mlstm_long_chunks
+from ..cells.mlstm_long_kernels import mlstm_long_chunks
 from ..generation.compiled_step import step_choices
 from ..metal import backend
 from ..model.model import Model
@@ -72,7 +72,7 @@ def time_forms(
     Returns:
         length -> seconds; 0: by kernel
     """
-    forms_of = {0: lambda: forms._long(q, k, v, i, f)} | {L: lambda L=L: mlstm_long_chunks(q, k, v, i, f, None, None, L, 1e-6, forms._compiled) for L in lengths}
+    forms_of = {0: lambda: forms._long(q, k, v, i, f)} | {L: lambda L=L: mlstm_long_chunks(q, k, v, i, f, None, None, L) for L in lengths}
     return {L: seconds(form) for L, form in forms_of.items()}
 
 # %% ../../nbs/apps/65_tune.ipynb #85e8f5df

@@ -6,6 +6,7 @@ _home = {
     "mlstm_step": "mlstm_step_kernel", "mlstm_step_plain": "mlstm",
     "mlstm_recurrent": "mlstm_chunk_kernels", "mlstm_recurrent_plain": "mlstm",
     "mlstm_chunkwise": "mlstm_chunk_gradients", "mlstm_chunkwise_plain": "mlstm_chunks",
+    "mlstm_long_chunks": "mlstm_long_kernels", "mlstm_long_chunks_plain": "mlstm_chunks",
     "empty_slstm_state": "slstm", "slstm_step": "slstm", "slstm_step_plain": "slstm",
     "slstm_sequence": "slstm", "slstm_sequence_plain": "slstm",
     "causal_conv1d": "conv", "causal_conv1d_plain": "conv",
