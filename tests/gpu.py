@@ -284,11 +284,11 @@ def cases(quick):
     yield "gradient", "7B gradient, 128", *back, partial(cell_case, 1, 2, 128, 256, 512, f32), 1e-4, False # dm is a small difference
     for sizes, name in (((1, 8, 2048, 256, 512), "7B"), ((8, 4, 256, 32, 64), "small heads")):
         yield "gradient", f"{name} there and back, {sizes[2]}", *back[:2], None, partial(cell_case, *sizes, bf16), 1e-5, False
-    for sizes, L in (((1, 8, 2048, 256, 512), 256), ((1, 8, 16384, 256, 512), 256), ((32, 4, 512, 128, 256), 128), ((8, 4, 2048, 128, 256), 128), ((2, 4, 8192, 128, 256), 128)):
+    for sizes, L in (((1, 8, 2048, 256, 512), 256), ((1, 8, 16384, 256, 512), 256), ((32, 4, 512, 128, 256), 128)):
         long = [partial(long_form, f, L) for f in (mlstm_long_chunks, mlstm_long_chunks_plain)]
         name = f"{sizes[0]} x {sizes[2]}, {sizes[1]} heads of {sizes[3]} by {sizes[4]}"
-        yield "chunks", name, *map(last_head, long), last_head(cell64) if sizes[0] == 1 else None, partial(cell_case, *sizes, bf16), 1e-2, True
-        yield "chunks", f"{name}, and back", *map(gradient, long), None, partial(cell_case, *sizes, bf16), 1e-2, True
+        yield "chunks", name, *map(last_head, long), last_head(cell64) if sizes[:3] == (1, 8, 2048) else None, partial(cell_case, *sizes, bf16), 1e-2, False
+        yield "chunks", f"{name}, and back", *map(gradient, long), None, partial(cell_case, *sizes, bf16), 1e-2, False
     for S in (1, 2048): yield "conv", f"4096 channels, {S}", *conv, partial(conv_case, 1, S, 4096, bf16), 1e-2, True
     yield "conv", "4096 channels there and back", with_gradient(causal_conv1d, (0, 3)), with_gradient(causal_conv1d_plain, (0, 3)), None, partial(conv_case, 1, 2048, 4096, bf16), 1e-2, True
 
