@@ -12,9 +12,9 @@ for (uint d = lane; d < DV; d += 32) {
     float delta = static_cast<float>(dy[to + d]);
     float x = z * weight;
     if (BIAS) x += static_cast<float>(b[head * DV + d]);
-    d_o[to + d] = delta * x * gate * (1.0f - gate);
-    gated[to + d] = delta * gate;
-    normed[to + d] = z;
+    d_o[to + d] = static_cast<T>(delta * x * gate * (1.0f - gate));
+    dw[to + d] = delta * gate * z;
+    if (BIAS || to + d == 0) db[to + d] = delta * gate; // without an offset, one number that nobody reads
     sum_dz += delta * gate * weight;
     sum_dzz += delta * gate * weight * z;
 }

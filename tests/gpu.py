@@ -1,6 +1,6 @@
 """The kernels on this machine's GPU: how far from float64, and how fast against the plain form.
 
-    python tests/gpu.py [norm] [step] [sequence] [gradient] [chunks] [conv] [slstm] [long] [decode] [bits] [wiring] [training] [--quick] [--report FOLDER]
+    python tests/gpu.py [norm] [ffn] [step] [sequence] [gradient] [chunks] [conv] [slstm] [long] [decode] [bits] [wiring] [training] [--quick] [--report FOLDER]
 
 Without names all parts. A row is a kernel and a size: worst relative error of the kernel and of the plain form against float64 on
 the same inputs, and the time of both (ten calls in flight together, median over rounds, compiled except for chunks). Exits with 1
@@ -30,8 +30,10 @@ from mlx.utils import tree_flatten, tree_map  # noqa: E402
 import xlstm_metal as xm  # noqa: E402
 from xlstm_metal import metal  # noqa: E402
 from xlstm_metal.cells import (  # noqa: E402
-    causal_conv1d, causal_conv1d_plain, head_norm_gate, head_norm_gate_plain, mlstm_chunkwise, mlstm_chunkwise_plain,
-    mlstm_long_chunks, mlstm_long_chunks_plain, mlstm_step, mlstm_step_plain, slstm_sequence, slstm_sequence_plain)
+    add_rms_norm, add_rms_norm_plain, causal_conv1d, causal_conv1d_plain, head_norm_gate, head_norm_gate_plain, mlstm_chunkwise, mlstm_chunkwise_plain,
+    mlstm_long_chunks, mlstm_long_chunks_plain, mlstm_step, mlstm_step_plain, rms_norm_gates, rms_norm_gates_plain,
+    slstm_sequence, slstm_sequence_plain)
+from xlstm_metal.blocks.ffn import gated_silu, gated_silu_plain  # noqa: E402
 from xlstm_metal.model.config import xLSTMConfig  # noqa: E402
 from xlstm_metal.model.quantize import bit_allocation, quantize_modules  # noqa: E402
 from xlstm_metal.model.model import Model  # noqa: E402
@@ -96,6 +98,32 @@ def rms_case(R, D, dtype, seed=0):
 def rms64(x, w):
     x, w = (np.array(a.astype(mx.float32), np.float64) for a in (x, w))
     return [x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * w]
+
+
+def one_token_case(D, G, dtype, seed=0):
+    r = np.random.default_rng(seed)
+    a = lambda *s, mean=0., std=1.: mx.array((mean + std * r.normal(size=s)).astype(np.float32))
+    return a(1, 1, D).astype(dtype), a(1, 1, D).astype(dtype), a(D, mean=1, std=.1).astype(dtype), a(G, D, std=.02), a(G)
+
+
+def add_norm64(x, y, w, W, b):
+    s = (x + y).astype(mx.float32) # rounded as the sum of the block is
+    return [np.array(s, np.float64).reshape(-1), rms64(s, w)[0].reshape(-1)]
+
+
+def norm_gates64(x, y, w, W, b):
+    z = rms64(x, w)[0]
+    return [z, 15 * np.tanh((z @ np.array(W, np.float64).T + np.array(b, np.float64)) / 15)]
+
+
+def silu_case(n, dtype, seed=0):
+    r = np.random.default_rng(seed)
+    return [mx.array(r.normal(size=(1, n, 2752)).astype(np.float32)).astype(dtype) for _ in range(2)]
+
+
+def silu64(a, b):
+    a, b = (np.array(x.astype(mx.float32), np.float64) for x in (a, b))
+    return [a / (1 + np.exp(-a)) * b]
 
 
 # RMSNorm as a kernel of ours, to be compared with the one MLX has: eight SIMD groups for each row
@@ -276,7 +304,14 @@ def cases(quick):
     yield "slstm", "sLSTM there and back, 8 x 512", *slstm_back[:2], None, partial(slstm_case, 8, 8, 512, 64), 1e-5, False
     for S in (1, 2048): yield "norm", f"7B norm and gate, {S}", *norm, partial(norm_case, 1, 8, S, 512, bf16), 1e-2, True
     for S in (1, 2048): yield "norm", f"RMSNorm of ours and MLX's, {S}", rms, lambda x, w: mx.fast.rms_norm(x, w, 1e-6), rms64, partial(rms_case, S, 4096, bf16), 1e-2, True
-    for B in (1, 8, 32): yield "step", f"7B step, batch {B}", *step, partial(cell_case, B, 8, 1, 256, 512, bf16), 1e-5, True
+    for name, f, plain, form in (("sum and norm", add_rms_norm, add_rms_norm_plain, add_norm64), ("norm and gates", rms_norm_gates, rms_norm_gates_plain, norm_gates64)):
+        chosen = [(lambda x, y, w, W, b, f=f: f(x, y, w)) if form is add_norm64 else (lambda x, y, w, W, b, f=f: f(x, w, W, b)) for f in (f, plain)]
+        yield "norm", f"{name}, a token of 7B", *chosen, form, partial(one_token_case, 4096, 16, bf16), 1e-2, True
+    silu = (gated_silu, gated_silu_plain)
+    for n in (1, 16384): yield "ffn", f"silu times up, {n} x 2752", *silu, silu64, partial(silu_case, n, bf16), 1e-2, n == 1
+    yield "ffn", "silu times up, there and back", *(with_gradient(f, (0,)) for f in silu), None, partial(silu_case, 16384, bf16), 1e-2, False
+    yield "norm", "norm and gate, there and back", *(with_gradient(f, (1,)) for f in norm[:2]), None, partial(norm_case, 32, 4, 512, 256, bf16), 1e-2, False
+    for B in (1, 8, 64): yield "step", f"7B step, batch {B}", *step, partial(cell_case, B, 8, 1, 256, 512, bf16), 1e-5, True
     for S in (4, 16, 256): yield "sequence", f"7B prompt of {S}", *chunks, partial(cell_case, 1, 8, S, 256, 512, bf16), 1e-5, S <= 16
     for t in (f32, bf16): # long inputs of 16 bits are multiplied in 16 bits
         yield "sequence", f"7B prompt of 2048, {t}", *chunks, partial(cell_case, 1, 8, 2048, 256, 512, t), 1e-5 if t == f32 else 1e-2, False
@@ -439,7 +474,7 @@ def kernels(mode):
     finally: os.environ["XLSTM_METAL_KERNELS"] = before
 
 
-PARTS = "norm", "step", "sequence", "gradient", "chunks", "conv", "slstm", "long", "decode", "bits", "wiring", "training"
+PARTS = "norm", "ffn", "step", "sequence", "gradient", "chunks", "conv", "slstm", "long", "decode", "bits", "wiring", "training"
 
 
 def measure(case):

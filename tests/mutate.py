@@ -128,9 +128,13 @@ def functions(): # name -> (f, arguments that choose types and constants)
     def mask(S): return mx.ones((1, S), mx.bool_)
     def slstm(S): return [slstm_args(S), (*slstm_args(S, DH=70), mask(S))]
     def conv(K): return metal.samples((2, 9, 5), (5, 1, K), (5,), (2, K - 1, 5))
+    def token(args, t=mx.float32): return [a if a.ndim == 2 or a.shape == (5,) else a.astype(t) for a in args] # gates stay in 32 bits
     h, o, w, b = metal.samples((1, 2, 5, 33), (1, 5, 66), (66,), (66,))
+    x, t, silu = metal.samples((2, 1, 30), (2, 1, 30), (30,)), metal.samples((2, 1, 30), (30,), (5, 30), (5,)), metal.samples((2, 3, 400), (2, 3, 400))
     calls = {"_unmasked": [conv(4), short(conv(4)), conv(2)], "head_norm_gate": [(h, o, w), (h, o, w, b), (h, *short((o, w, b), mx.float16))],
-             "mlstm_step": mlstm(1), "mlstm_recurrent": mlstm(5), "_short": mlstm(5), "_long": mlstm(70), "mlstm_long_chunks": mlstm(70),
+             "add_rms_norm": [token(x), token(x, mx.bfloat16)], "rms_norm_gates": [(*token(t), 15.), (*token(t, mx.bfloat16), None)],
+             "gated_silu": [silu, short(silu)],
+             "mlstm_step": mlstm(1) + mlstm(1, NH=64), "mlstm_recurrent": mlstm(5), "_short": mlstm(5), "_long": mlstm(70), "mlstm_long_chunks": mlstm(70),
              "slstm_step": slstm(1), "slstm_sequence": slstm(5)}
     return {name: (f, calls[name.rpartition(".")[2]]) for name, f in DISPATCHED.items()}
 
@@ -149,11 +153,15 @@ def wider(name, seed):
         return tuple(a.astype(t) for a in (r(B, S, DV, scale=scale), r(DV, 1, K), r(DV), r(B, K - 1, DV)))
     if name == "head_norm_gate":
         return r(B, NH, S, DV, scale=scale), *(a.astype(t) for a in (r(B, S, NH * DV, scale=scale), r(NH * DV))), r(NH * DV).astype(t) if seed % 2 else None
+    if name == "gated_silu": return tuple(r(B, S, DV * 9, scale=scale).astype(t) for _ in range(2))
+    if name == "add_rms_norm": return *(r(B, 1, DV * 9, scale=scale).astype(t) for _ in range(2)), r(DV * 9).astype(t)
+    if name == "rms_norm_gates": return r(B, 1, DV * 9, scale=scale).astype(t), r(DV * 9).astype(t), r(DQK, DV * 9) / DV**.5, r(DQK), 15. if seed % 2 else None
     if name.startswith("slstm"):
         S, DH = (1 if name == "slstm_step" else min(S, 30)), [DQK, DV + 70][seed % 2]
         state = None if seed % 4 == 0 else (r(B, NH, DH), r(B, NH, DH, scale=scale), 1 + mx.abs(r(B, NH, DH)), r(B, NH, DH, scale=scale))
         return r(B, NH, S, 4, DH, scale=scale), r(NH, 4, DH, DH) / DH**.5, r(NH, 4, DH), state, None if mask is None else mask[:, :S]
     S = {"mlstm_step": 1, "_long": S + 16, "mlstm_long_chunks": S + 16}.get(name, 1 + S % 16)
+    if name == "mlstm_step" and seed % 3 == 0: NH, DV = 64, 2 * DV
     state = None if seed % 4 == 0 else (r(B, NH, DQK, DV), r(B, NH, DQK), r(B, NH, 1, scale=5 * scale)[..., 0:1])
     mask = mx.array(np.arange(S) >= rng.integers(0, S + 1, (B, 1))) if seed % 2 else None
     return *(a.astype(t) for a in (r(B, NH, S, DQK), r(B, NH, S, DQK), r(B, NH, S, DV))), r(B, NH, S, scale=scale * 3), r(B, NH, S, scale=scale * 3), state, mask

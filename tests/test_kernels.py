@@ -17,6 +17,7 @@ from mlx_lm.models.cache import ArraysCache
 
 import xlstm_metal as xm
 from xlstm_metal import cells, host as host_module, metal
+from xlstm_metal.blocks import ffn
 from xlstm_metal.cells import conv, mlstm_chunk_gradients, mlstm_chunk_kernels, mlstm_long_kernels, mlstm_step_kernel, norms, slstm
 from xlstm_metal.generation.generate import Sampling, tokens
 from xlstm_metal.generation.state import State
@@ -27,14 +28,14 @@ from xlstm_metal.model.model import Model
 from xlstm_metal.train.train import fit, init_weights, lm_loss, make_optimizer
 
 FOLDER = Path(__file__).parents[1] / "kernels"
-MODULES = conv, norms, mlstm_step_kernel, mlstm_chunk_kernels, mlstm_long_kernels, mlstm_chunk_gradients, slstm
+MODULES = conv, norms, ffn, mlstm_step_kernel, mlstm_chunk_kernels, mlstm_long_kernels, mlstm_chunk_gradients, slstm
 KERNELS = sorted({k for m in MODULES for k in vars(m).values() if isinstance(k, metal.Kernel)}, key=lambda k: k.name)
 NAMES = [k.name for k in KERNELS]
 DISPATCHED = {f"{m.__name__.rpartition('.')[2]}.{n}": f for m in MODULES for n, f in vars(m).items() if hasattr(f, "tested") and f.__module__ == m.__name__}
 
 
-def mlstm_args(S, DQK=9, DV=34):
-    *inputs, C, n, m = metal.samples(*[(1, 2, *s) for s in ((S, DQK), (S, DQK), (S, DV), (S,), (S,), (DQK, DV), (DQK,), (1,))])
+def mlstm_args(S, DQK=9, DV=34, NH=2):
+    *inputs, C, n, m = metal.samples(*[(1, NH, *s) for s in ((S, DQK), (S, DQK), (S, DV), (S,), (S,), (DQK, DV), (DQK,), (1,))])
     return *inputs, (C, n, m)
 
 
@@ -53,7 +54,13 @@ PUBLIC = {
     "slstm_sequence": (slstm_args(5), "slstm_sequence"),
     "causal_conv1d": (metal.samples((2, 9, 5), (5, 1, 4), (5,)), "causal_conv1d"),
     "head_norm_gate": (metal.samples((1, 2, 5, 33), (1, 5, 66), (66,)), "head_norm_gate"),
+    "add_rms_norm": (metal.samples((2, 1, 300), (2, 1, 300), (300,)), "add_rms_norm"),
+    "rms_norm_gates": (metal.samples((2, 1, 300), (300,), (5, 300), (5,)), "rms_norm_gates"),
+    "gated_silu": (metal.samples((2, 3, 400), (2, 3, 400)), "gated_silu"),
 }
+
+
+def public(name): return getattr(ffn if "silu" in name else cells, name)
 
 
 @pytest.fixture
@@ -63,13 +70,14 @@ def host(monkeypatch):
 
 
 def test_public_functions_have_definitions():
-    assert {n for n in cells.__all__ if f"{n}_plain" in cells.__all__} == PUBLIC.keys()
-    assert {n.removesuffix("_plain") for n in cells.__all__ if n.endswith("_plain")} == PUBLIC.keys()
+    names = {*cells.__all__, *ffn.__all__}
+    assert {n for n in names if f"{n}_plain" in names} == PUBLIC.keys()
+    assert {n.removesuffix("_plain") for n in names if n.endswith("_plain")} == PUBLIC.keys()
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_functions_run_by_kernel(host, monkeypatch, name):
-    function, plain, (args, kernel) = getattr(cells, name), getattr(cells, f"{name}_plain"), PUBLIC[name]
+    function, plain, (args, kernel) = public(name), public(f"{name}_plain"), PUBLIC[name]
     by_kernel = tree_flatten(function(*args))
     assert metal.kernel_report()[kernel] == {"host": 1}
     for (_, a), (_, b) in zip(by_kernel, tree_flatten(plain(*args)), strict=True):
@@ -83,7 +91,7 @@ def test_public_functions_run_by_kernel(host, monkeypatch, name):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_functions_keep_the_signature_of_their_definition(name):
     from inspect import signature
-    function, plain = getattr(cells, name), getattr(cells, f"{name}_plain")
+    function, plain = public(name), public(f"{name}_plain")
     assert signature(function) == signature(plain) and function.__name__ == name
     assert f"`{name}_plain` is the definition" in function.__doc__
     with pytest.raises(TypeError, match="missing"): function()
@@ -99,6 +107,20 @@ def test_generation_with_kernels_is_the_same_text(host, monkeypatch):
     monkeypatch.setenv("XLSTM_METAL_KERNELS", "off")
     assert write() == with_kernels
     assert metal.kernel_report()["mlstm_step"]["plain"] == 6 * 12
+
+
+def test_the_step_with_merged_maps_is_the_same(host):
+    from xlstm_metal.generation.compiled_step import CompiledStep, step_choices
+    model, _ = xm.load(dtype=mx.float32)
+    for rows in (1, 2):
+        caches = [model.make_cache() for _ in range(2)]
+        for c in caches: mx.eval(model(mx.array([[1, 2, 3]] * rows), c))
+        metal.launch_counts.clear()
+        with step_choices(model, "merged"):
+            (step := CompiledStep()).record(model)
+            for t in range(3): got, want = step(model, mx.full((rows, 1), 5 + t), caches[0]), model(mx.full((rows, 1), 5 + t), caches[1])
+        assert mx.allclose(got, want, atol=1e-4)
+        assert metal.kernel_report()["rms_norm_gates"] == {"host": 3 * 6} and metal.kernel_report()["add_rms_norm"]["host"] == 7 * 6 # one of them to see what could be merged
 
 
 def test_training_with_kernels_is_the_same_curve(host, monkeypatch):
@@ -163,13 +185,13 @@ def grads(f, args):
 
 
 def test_self_tests_come_once_for_each_type_and_constant(as_if_metal):
-    assert DISPATCHED.keys() == {"conv._unmasked", "norms.head_norm_gate", "mlstm_step_kernel.mlstm_step", "mlstm_chunk_kernels.mlstm_recurrent",
+    assert DISPATCHED.keys() == {"conv._unmasked", "norms.head_norm_gate", "norms.add_rms_norm", "norms.rms_norm_gates", "ffn.gated_silu", "mlstm_step_kernel.mlstm_step", "mlstm_chunk_kernels.mlstm_recurrent",
                                  "mlstm_chunk_gradients._short", "mlstm_chunk_gradients._long", "mlstm_long_kernels.mlstm_long_chunks",
                                  "slstm.slstm_step", "slstm.slstm_sequence"}
-    for name, (args, _) in PUBLIC.items(): grads(getattr(cells, name), args)
+    for name, (args, _) in PUBLIC.items(): grads(public(name), args)
     assert {name for name, ran in metal.kernel_report().items() if "metal" in ran} == set(NAMES)
     there_and_back = {name for name, f in DISPATCHED.items() if list(f.tested.values()) == [True, True]}
-    assert there_and_back == {"conv._unmasked", "norms.head_norm_gate", "mlstm_chunk_gradients._long", "mlstm_long_kernels.mlstm_long_chunks", "slstm.slstm_step", "slstm.slstm_sequence"}
+    assert there_and_back == {"conv._unmasked", "norms.head_norm_gate", "ffn.gated_silu", "mlstm_chunk_gradients._long", "mlstm_long_kernels.mlstm_long_chunks", "slstm.slstm_step", "slstm.slstm_sequence"}
     assert all(list(DISPATCHED[name].tested.values()) == [True] for name in ("mlstm_step_kernel.mlstm_step", "mlstm_chunk_kernels.mlstm_recurrent"))
     before = metal.kernel_report()
     q, k, v, *rest = PUBLIC["mlstm_step"][0]
@@ -185,7 +207,7 @@ def test_self_tests_come_once_for_each_type_and_constant(as_if_metal):
 
 def test_no_self_tests_where_kernels_were_measured(as_if_metal, monkeypatch):
     monkeypatch.setattr(metal, "backend", lambda: "cuda")
-    for name, (args, _) in PUBLIC.items(): getattr(cells, name)(*args)
+    for name, (args, _) in PUBLIC.items(): public(name)(*args)
     assert not any(f.tested for f in DISPATCHED.values())
 
 
@@ -292,7 +314,7 @@ def second_order(f, args):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_derivatives_of_any_order_are_those_of_the_definition(host, name):
     args = mlstm_args(70, 5, 6) if name == "mlstm_chunkwise" else PUBLIC[name][0]
-    for got, want in zip(second_order(getattr(cells, name), args), second_order(getattr(cells, f"{name}_plain"), args)):
+    for got, want in zip(second_order(public(name), args), second_order(public(f"{name}_plain"), args)):
         assert len(got) == len(want) and max(mx.linalg.norm(a.flatten()).item() for a in want) > 1
         for a, b in zip(got, want): assert metal._distance(a, b) < 1e-4
 
@@ -318,6 +340,7 @@ CUDA_TYPES = {mx.float32: "float", mx.float16: "__half", mx.bfloat16: "__nv_bflo
 # arguments of the self-tests that may have 16 bits
 MLSTM = {0: mx.bfloat16, 1: mx.float16, 2: mx.bfloat16}
 SHORTER = {"head_norm_gate": dict.fromkeys((1, 2, 3), mx.float16), "causal_conv1d": dict.fromkeys((0, 3), mx.bfloat16),
+           "add_rms_norm": dict.fromkeys((0, 1, 2), mx.bfloat16), "rms_norm_gates": dict.fromkeys((0, 1), mx.bfloat16), "gated_silu": dict.fromkeys((0, 1), mx.float16),
            "mlstm_step": MLSTM, "mlstm_recurrent": MLSTM, "mlstm_chunkwise": MLSTM}
 
 
@@ -332,7 +355,7 @@ def launches():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XLSTM_METAL_KERNELS", "host")
         patch.setattr(host_module, "run", record)
-        cases = [(getattr(cells, name), getattr(cells, f"{name}_plain"), args, SHORTER.get(name, {})) for name, (args, _) in PUBLIC.items()]
+        cases = [(public(name), public(f"{name}_plain"), args, SHORTER.get(name, {})) for name, (args, _) in PUBLIC.items()]
         cases.append((cells.slstm_sequence, cells.slstm_sequence_plain, slstm_args(2, 1, 1, 130), {})) # R does not fit registers
         for function, plain, args, shorter in cases:
             args = [a.astype(shorter[j]) if j in shorter else a for j, a in enumerate(args)]
@@ -439,7 +462,7 @@ def test_no_index_has_16_bits(name, monkeypatch):
     kernel, text = next(k for k in KERNELS if k.name == name), kernel_source(f"{name}.metal")
     texts = [text, *(kernel_source(f"{h}.h") for h in kernel.includes)]
     assert not any(map(narrow_numbers, texts))
-    sizes = dict(T=mx.float32, BIAS=True, TRANSPOSE=False, SLICES=8, ROWS=4, K=4, DH=9, THREADS=64, PER=1, RESIDENT=True)
+    sizes = dict(T=mx.float32, BIAS=True, TRANSPOSE=False, SLICES=8, ROWS=4, K=4, DH=9, THREADS=64, PER=1, RESIDENT=True, COLUMNS=4, BOUNDED=True)
     types = dict(mask=mx.bool_, is_empty=mx.bool_)
     assert host_module.metal_diagnostics(kernel, types, **sizes) == []
     m = re.search(r"\buint (\w+ = )([^;,]*\w [*+] [^;,]*)([;,])", text)

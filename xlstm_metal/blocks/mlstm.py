@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from ..numerics import log_sigmoid, soft_cap
 from ..cells.conv import Conv1dCell, HeadwiseLinear
-from ..cells.norms import LayerNorm, RMSNorm, MultiHeadNorm
+from ..cells.norms import LayerNorm, RMSNorm, MultiHeadNorm, add_and_norm
 from ..cells.mlstm import mlstm_step_plain
 from ..cells.mlstm_chunk_gradients import mlstm_chunkwise
 from ..cells.mlstm_step_kernel import mlstm_step
@@ -106,6 +106,20 @@ class mLSTMLayer(nn.Module):
         self.multihead_norm = MultiHeadNorm(num_heads, v_dims // num_heads, norm_eps, bias=bias)
         self.out_proj = nn.Linear(v_dims, dims, bias=bias)
 
+    def gates(self,
+        x: mx.array, # (B, S, D)
+    ) -> tuple[mx.array, mx.array]: # i, f (B, S, NH) float32
+        """Preactivations of input and forget gate, bounded (arXiv 2503.13427, section 3).
+
+        Args:
+            x: (B, S, D)
+
+        Returns:
+            i, f (B, S, NH) float32
+        """
+        x = x.astype(mx.float32)
+        return tuple(soft_cap(gate(x), self.gate_soft_cap) for gate in (self.igate_preact, self.fgate_preact))
+
     def inputs(self,
         x: mx.array, # (B, S, D)
     ) -> tuple[mx.array, ...]: # q, k (B, NH, S, DQK), v (B, NH, S, DV), gates i, f (B, NH, S) float32, capped
@@ -121,9 +135,7 @@ class mLSTMLayer(nn.Module):
         def heads(y): # of one token they are in order
             return y.reshape(B, self.num_heads, 1, -1) if S == 1 else y.reshape(B, S, self.num_heads, -1).swapaxes(1, 2)
         q, k, v = (heads(p(x)) for p in (self.q, self.k, self.v))
-        x32 = x.astype(mx.float32)
-        i, f = (soft_cap(gate(x32), self.gate_soft_cap) for gate in (self.igate_preact, self.fgate_preact))
-        i, f = (g.reshape(B, self.num_heads, 1) if S == 1 else g.swapaxes(1, 2) for g in (i, f))
+        i, f = (g.reshape(B, self.num_heads, 1) if S == 1 else g.swapaxes(1, 2) for g in self.gates(x))
         return q, k, v, i, f
 
     def outputs(self,
@@ -225,8 +237,8 @@ class mLSTMBlock(Block):
             (B, S, D), new state
         """
         h, state = self.mlstm_layer(self.norm_mlstm(x), state, mask)
-        x = x + h
-        return x + self.ffn(self.norm_ffn(x)), state
+        x, y = add_and_norm(self.norm_ffn, x, h)
+        return x + self.ffn(y), state
 
     def trace(self, x, state=None, mask=None): # as for `Block`
         """

@@ -11,6 +11,7 @@ _home = {
     "slstm_sequence": "slstm", "slstm_sequence_plain": "slstm",
     "causal_conv1d": "conv", "causal_conv1d_plain": "conv",
     "head_norm_gate": "norms", "head_norm_gate_plain": "norms",
+    "add_rms_norm": "norms", "add_rms_norm_plain": "norms", "rms_norm_gates": "norms", "rms_norm_gates_plain": "norms",
 }
 __all__ = list(_home)
 

@@ -14,14 +14,16 @@ from .mlstm import _check_one_token, empty_state, mlstm_step_plain
 step_kernel = Kernel("mlstm_step", ["q", "k", "v", "i", "f", "C", "n", "m", "mask", "scalars"],
                      ["h", "C_out", "n_out", "m_out"], ["gates"])
 
+def _columns(q, *_): return 4 if q.shape[0] * q.shape[1] >= 64 else 1
+
 def _launch_step(q, k, v, i, f, state, mask, eps):
     _check_one_token(q)
-    (B, NH, _, DQK), DV, slices = k.shape, v.shape[-1], 8
+    (B, NH, _, DQK), DV, slices, columns = k.shape, v.shape[-1], 8, _columns(q)
     C, n, m = state or empty_state(B, NH, DQK, DV)
     mask = mx.array([[True]] * B) if mask is None else mask
     h, *state = step_kernel(q, k, v, i, f, C, n, m, mask, mx.array([DQK**-0.5, eps]),
                             shapes=[(B, NH, 1, DV), C.shape, n.shape, m.shape], dtypes=[mx.float32] * 4,
-                            grid=(-(-DV // 32) * 32, slices, B * NH), threads=(32, slices, 1), SLICES=slices)
+                            grid=(-(-DV // (32 * columns)) * 32, slices, B * NH), threads=(32, slices, 1), SLICES=slices, COLUMNS=columns)
     return (h, tuple(state)), ()
 
 # %% ../../nbs/cells/13_mlstm_step_kernel.ipynb #2a5df806
@@ -45,6 +47,7 @@ def mlstm_examples(
     *lengths: int, # S of each example
     DQK: int = 70, # key size per head
     DV: int = 130, # value size per head
+    heads: int = 3, # of each row, a multiple of 3
 ) -> list[tuple]:
     """Arguments for the self-test of a kernel that does the work of an mLSTM: more than one tile each way; a row that has read nothing, one that has, one that is masked.
 
@@ -53,17 +56,21 @@ def mlstm_examples(
         *lengths: S of each example
         DQK: key size per head
         DV: value size per head
+        heads: of each row, a multiple of 3
     """
     used = mx.array([0., 1., 1.]).reshape(3, 1, 1)
     def example(S):
         sizes = (S, DQK), (S, DQK), (S, DV), (S,), (S,), (DQK, DV), (DQK,), (1,)
-        q, k, v, i, f, C, n, m = samples(*[(3, 3, *s) for s in sizes])
-        i, f = i + mx.array([-3, 0, 3])[:, None], f + mx.array([-100, 6, 0])[:, None] # of heads, one keeps, one writes
-        m = (m + mx.array([150, 0, 0])[:, None]) * mx.array([0, 1, -1])[:, None, None] # and one forgets almost all of very much
+        q, k, v, i, f, C, n, m = samples(*[(3, heads, *s) for s in sizes])
+        def each(*three): return mx.tile(mx.array(three), heads // 3)[:, None]
+        i, f = i + each(-3, 0, 3), f + each(-100, 6, 0) # of three heads, one keeps, one writes
+        m = (m + each(150, 0, 0)) * mx.array([0, 1, -1])[:, None, None] # and one forgets almost all of very much
         mask = mx.arange(S) >= mx.array([[0], [S // 3], [S]])
         return like(args, (q, k, v, i, f, (used[..., None] * C, used * n, m), mask, *args[7:]))
     return [example(S) for S in lengths]
 
 # %% ../../nbs/cells/13_mlstm_step_kernel.ipynb #ef5d5d4f
-mlstm_step = dispatch(step_kernel, mlstm_step_plain, _launch_step, fits=lambda q, k, v, *_: fits(k, v),
-                      examples=lambda *args: mlstm_examples(args, 1) + mlstm_examples(args, 1, DQK=77)) # the last rows in other slices
+def _step_examples(*args): # the last rows in other slices; or many heads
+    return mlstm_examples(args, 1, DQK=21, heads=24) if _columns(*args) > 1 else mlstm_examples(args, 1) + mlstm_examples(args, 1, DQK=77)
+
+mlstm_step = dispatch(step_kernel, mlstm_step_plain, _launch_step, fits=lambda q, k, v, *_: fits(k, v), examples=_step_examples, constants=_columns)

@@ -1,0 +1,31 @@
+uint own = thread_position_in_threadgroup.x, lane = thread_index_in_simdgroup, group = simdgroup_index_in_threadgroup;
+uint G = W_shape[0], D = W_shape[1], row = threadgroup_position_in_grid.x / G, g = threadgroup_position_in_grid.x % G;
+threadgroup float parts[8];
+threadgroup float sums[8];
+float squares = 0.0f, sum = 0.0f;
+for (uint d = own; d < D; d += 256) {
+    uint at = row * D + d;
+    float value = static_cast<float>(x[at]);
+    squares += value * value;
+}
+squares = simd_sum(squares);
+if (lane == 0) parts[group] = squares;
+threadgroup_barrier(mem_flags::mem_threadgroup);
+squares = 0.0f;
+for (uint j = 0; j < 8; j++) squares += parts[j];
+float scale = metal::rsqrt(squares / static_cast<float>(D) + scalars[0]);
+for (uint d = own; d < D; d += 256) {
+    uint at = row * D + d;
+    T normed = static_cast<T>(static_cast<float>(x[at]) * scale);
+    T weighed = static_cast<T>(static_cast<float>(normed) * static_cast<float>(w[d]));
+    if (d * G / D == g) z[at] = weighed;
+    sum += static_cast<float>(weighed) * W[g * D + d];
+}
+sum = simd_sum(sum);
+if (lane == 0) sums[group] = sum;
+threadgroup_barrier(mem_flags::mem_threadgroup);
+if (own == 0) {
+    sum = b[g];
+    for (uint j = 0; j < 8; j++) sum += sums[j];
+    gates[row * G + g] = BOUNDED ? scalars[1] * metal::tanh(sum / scalars[1]) : sum;
+}
