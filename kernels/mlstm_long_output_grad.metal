@@ -1,13 +1,21 @@
 uint lane = thread_index_in_simdgroup, row = thread_position_in_grid.x / 32;
 uint L = h_shape[3], DV = h_shape[4], DQK = q_shape[4], chunk = row / L;
 float w = scalars[0] * metal::exp(b[row] + m_states[chunk] - m[row]), factor = gain[row], along = 0.0f, seen = 0.0f, dot = 0.0f;
-for (uint d = lane; d < DV; d += 32) {
-    uint at = row * DV + d;
-    float x = factor * dh[at];
-    along += dh[at] * h[at];
-    seen += x * static_cast<float>(before[at]);
-    dinside[at] = static_cast<T>(x);
-    dbefore[at] = static_cast<T>(w * x);
+for (uint d0 = lane; d0 < DV; d0 += 128) {
+    float x[4];
+    for (uint j = 0; j < 4; j++) {
+        uint d = d0 + 32 * j, at = row * DV + d;
+        bool here = d < DV;
+        float grad = here ? dh[at] : 0.0f;
+        x[j] = factor * grad;
+        along += here ? grad * h[at] : 0.0f;
+        seen += here ? x[j] * static_cast<float>(before[at]) : 0.0f;
+    }
+    for (uint j = 0; j < 4; j++) {
+        uint d = d0 + 32 * j, at = row * DV + d;
+        if (d < DV) dinside[at] = static_cast<T>(x[j]);
+        if (d < DV) dbefore[at] = static_cast<T>(w * x[j]);
+    }
 }
 for (uint d = lane; d < DQK; d += 32) dot += static_cast<float>(q[row * DQK + d]) * n_states[chunk * DQK + d];
 float straight = simd_sum(along);

@@ -7,16 +7,20 @@ for (uint j = 0; j < 4; j++) total[j] = 0.0f;
 for (uint s0 = 0; s0 < L; s0 += 32) {
     uint s = s0 + lane;
     float column = 0.0f;
+    float x[4];
     for (uint j = 0; j < 4; j++) {
         uint t = block * 32 + group * 4 + j, row = chunk * L + t, at = row * L + s;
-        float x = 0.0f;
+        x[j] = 0.0f;
         if (t < L && s <= t) {
             float grad = static_cast<float>(dweights[at]) + dsums[row], z = grad * static_cast<float>(weights[at]);
-            x = scale[0] * grad * metal::exp(b[row] - m[row] + e[chunk * L + s]);
+            x[j] = scale[0] * grad * metal::exp(b[row] - m[row] + e[chunk * L + s]);
             total[j] += z;
             column += z;
         }
-        if (t < L && s < L) dscores[at] = static_cast<T>(x);
+    }
+    for (uint j = 0; j < 4; j++) {
+        uint t = block * 32 + group * 4 + j, at = (chunk * L + t) * L + s;
+        if (t < L && s < L) dscores[at] = static_cast<T>(x[j]);
     }
     parts[group * 32 + lane] = column;
     threadgroup_barrier(mem_flags::mem_threadgroup);
