@@ -172,24 +172,27 @@ class NormedGates:
     """The norm in front of an mLSTM layer, and the layer's gates, as one launch.
 
     Args:
+        norm: in front of the layer
+        layer: whose gates read it
         gates: the layer's, as one map
     """
-    def __init__(self, norm: RMSNorm, layer: mLSTMLayer, gates: Merged): # gates: the layer's, as one map
+    def __init__(self, norm: RMSNorm, layer: mLSTMLayer, gates: Merged): # norm: in front of the layer; layer: whose gates read it; gates: the layer's, as one map
         self.norm, self.layer, self.whole, self.last = norm, layer, gates.whole, (None, None)
 
-    def normed(self, norm, x): # stands for the norm
+    def normed(self, norm: RMSNorm, x: mx.array) -> mx.array: # norm: whose place this takes; x: (..., D) -> (..., D)
         """
         Args:
-            x: stands for the norm
+            norm: whose place this takes
+            x: (..., D) -> (..., D)
         """
         z, gates = rms_norm_gates(x, norm.weight, self.whole.weight, self.whole.bias, self.layer.gate_soft_cap, norm.eps)
         self.last = z, tuple(mx.split(gates, 2, -1))
         return z
 
-    def gates(self, x): # stands for the layer's method
+    def gates(self, x: mx.array) -> tuple: # x: (B, S, D); as the layer's method
         """
         Args:
-            x: stands for the layer's method
+            x: (B, S, D); as the layer's method
         """
         return self.last[1] if x is self.last[0] else mLSTMLayer.gates(self.layer, x)
 

@@ -99,9 +99,10 @@ class AdamW(optim.AdamW):
         try: return super().apply_gradients(gradients, parameters)
         finally: self._numbers = None
 
-    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array: # state: m and v, replaced; returns the new parameter
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array: # gradient, parameter: of one shape; state: m and v, replaced; returns the new parameter
         """
         Args:
+            gradient, parameter: of one shape
             state: m and v, replaced
 
         Returns:
