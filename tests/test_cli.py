@@ -209,13 +209,13 @@ def test_info_of_7b_is_fast_and_needs_little_memory(tmp_path):
     def timed(*argv):
         start = time.perf_counter()
         return run(*argv), time.perf_counter() - start
-    _, small = timed("info", "--show-wiring") # of the bundled model: most of it is imports
-    r, took = timed("info", "-m", tmp_path, "--show-wiring")
+    _, small = min((timed("info", "--show-wiring") for _ in range(2)), key=lambda x: x[1]) # of the bundled model: most of it is imports
+    r, took = min((timed("info", "-m", tmp_path, "--show-wiring") for _ in range(3)), key=lambda x: x[1]) # of three: others may use the machine
     assert r.returncode == 0, r.stderr
     for fact in ("6,865,424,896", "27.5 GB stored", "134 MB per sequence", "8 of 256 (query, key) by 512 (value)", "32 mLSTM", "6 files"): assert fact in r.stdout
     assert r.stdout.endswith("\n  ↓\n".join(["ids ── embeddings 50304 x 4096", "blocks 0-31 ── 32 x mLSTM of 4096, 8 heads of 256 x 512, FFN 10944",
                                               "out_norm", "lm_head ── logits 50304"]) + "\n")
-    assert took < 2 * small + 1, (took, small)
+    assert took < small + 1, (took, small)
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024 < 2000 # MB, the largest child of this whole run; models here are small
 
 
