@@ -33,6 +33,7 @@ for (uint d0 = lane; d0 < DV; d0 += 128) {
         }
     }
 }
+
 float width = static_cast<float>(DV), mean_dz = simd_sum(sum_dz) / width, mean_dzz = simd_sum(sum_dzz) / width;
 for (uint d0 = lane; d0 < DV; d0 += 128) {
     float of_h[4];

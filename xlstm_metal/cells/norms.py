@@ -246,4 +246,5 @@ def add_and_norm(
         x + y and its norm
     """
     if type(norm) is RMSNorm and "bias" not in norm: return add_rms_norm(x, y, norm.weight, norm.eps)
-    return x + y, norm(x + y)
+    s = x + y
+    return s, norm(s)

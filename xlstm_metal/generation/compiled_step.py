@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_linear', 'replaced', 'StandIn', 'same_inputs', 'Merged', 'merge_linear', 'merged_linear', 'NormedGates',
-           'normed_gates', 'own_methods', 'with_normed_gates', 'Watch', 'drops_out', 'CompiledStep', 'can_compile',
+           'own_methods', 'normed_gates', 'with_normed_gates', 'Watch', 'drops_out', 'CompiledStep', 'can_compile',
            'next_logits', 'how_to_step', 'step_choices']
 
 # %% ../../nbs/generation/57_compiled_step.ipynb #def094df
@@ -172,12 +172,11 @@ class NormedGates:
     """The norm in front of an mLSTM layer, and the layer's gates, as one launch.
 
     Args:
-        norm: in front of the layer
-        layer: whose gates read it
+        layer: that reads a norm's result
         gates: the layer's, as one map
     """
-    def __init__(self, norm: RMSNorm, layer: mLSTMLayer, gates: Merged): # norm: in front of the layer; layer: whose gates read it; gates: the layer's, as one map
-        self.norm, self.layer, self.whole, self.last = norm, layer, gates.whole, (None, None)
+    def __init__(self, layer: mLSTMLayer, gates: Merged): # layer: that reads a norm's result; gates: the layer's, as one map
+        self.layer, self.whole, self.last = layer, gates.whole, (None, None)
 
     def normed(self, norm: RMSNorm, x: mx.array) -> mx.array: # norm: whose place this takes; x: (..., D) -> (..., D)
         """
@@ -196,6 +195,24 @@ class NormedGates:
         """
         return self.last[1] if x is self.last[0] else mLSTMLayer.gates(self.layer, x)
 
+# %% ../../nbs/generation/57_compiled_step.ipynb #de41566f
+@contextmanager
+def own_methods(
+    methods, # iterable of (object, name, function)
+):
+    """Objects have methods of their own inside a `with`.
+
+    Args:
+        methods: iterable of (object, name, function)
+    """
+    methods = list(methods)
+    try:
+        for m, name, f in methods: setattr(m, name, f)
+        yield
+    finally:
+        for m, name, _ in methods: delattr(m, name)
+
+# %% ../../nbs/generation/57_compiled_step.ipynb #d28e1187
 def _merged_gates(layer, merged): # the layer's two gates as one map of a norm's result; None: they are not one
     both = layer.igate_preact, layer.fgate_preact
     one = merged.get(id(both[0]))
@@ -226,24 +243,9 @@ def normed_gates(
         model(mx.zeros((1, 1), mx.int32), model.make_cache())
     calls, reads = Counter(id(m) for _, m in results.values()), Counter(id(m) for r in readers.values() for m in r)
     found = {id(results[x][1]): r[0] for x, r in readers.items() if x in results and len(r) == calls[id(results[x][1])] == reads[id(r[0])] == 1}
-    return [(*p, NormedGates(p[2], layer, _merged_gates(layer, merged))) for p in places if (layer := found.get(id(p[2])))]
+    return [(*p, NormedGates(layer, _merged_gates(layer, merged))) for p in places if (layer := found.get(id(p[2])))]
 
-@contextmanager
-def own_methods(
-    methods, # iterable of (object, name, function)
-):
-    """Objects have methods of their own inside a `with`.
-
-    Args:
-        methods: iterable of (object, name, function)
-    """
-    methods = list(methods)
-    try:
-        for m, name, f in methods: setattr(m, name, f)
-        yield
-    finally:
-        for m, name, _ in methods: delattr(m, name)
-
+# %% ../../nbs/generation/57_compiled_step.ipynb #2da96c68
 @contextmanager
 def with_normed_gates(found: list[tuple]): # from `normed_gates`
     """Inside a `with`, norms and gates are one launch.
