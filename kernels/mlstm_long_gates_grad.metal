@@ -36,6 +36,6 @@ for (uint block = (L + 31) / 32; block > 0; block--) {
     }
     if (inside) {
         di[token] = di_lane;
-        dlog_f[token] = df_lane;
+        df[token] = df_lane * sigmoid(-f[token]);
     }
 }

@@ -31,4 +31,7 @@ for (uint d0 = lane; d0 < DV; d0 += 128) {
     }
 }
 along = simd_sum(along);
-if (lane == 0) written[row] = along;
+if (lane == 0) {
+    written[row] = along;
+    reads[row] = top[row] > m_states[chunk] ? carried[row] : db[row] - rows[row]; // what the state's stabiliser wants
+}

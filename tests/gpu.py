@@ -1,6 +1,6 @@
 """The kernels on this machine's GPU: how far from float64, and how fast against the plain form.
 
-    python tests/gpu.py [norm] [ffn] [step] [sequence] [gradient] [chunks] [conv] [slstm] [long] [decode] [bits] [wiring] [training] [--quick] [--report FOLDER]
+    python tests/gpu.py [norm] [ffn] [gates] [update] [step] [sequence] [gradient] [chunks] [conv] [slstm] [long] [decode] [bits] [wiring] [training] [--quick] [--report FOLDER]
 
 Without names all parts. A row is a kernel and a size: worst relative error of the kernel and of the plain form against float64 on
 the same inputs, and the time of both (ten calls in flight together, median over rounds, compiled except for chunks). Exits with 1
@@ -30,7 +30,7 @@ from mlx.utils import tree_flatten, tree_map  # noqa: E402
 import xlstm_metal as xm  # noqa: E402
 from xlstm_metal import metal  # noqa: E402
 from xlstm_metal.cells import (  # noqa: E402
-    add_rms_norm, add_rms_norm_plain, causal_conv1d, causal_conv1d_plain, head_norm_gate, head_norm_gate_plain, mlstm_chunkwise, mlstm_chunkwise_plain,
+    add_rms_norm, add_rms_norm_plain, causal_conv1d, causal_conv1d_plain, gate_maps, gate_maps_plain, head_norm_gate, head_norm_gate_plain, mlstm_chunkwise, mlstm_chunkwise_plain,
     mlstm_long_chunks, mlstm_long_chunks_plain, mlstm_step, mlstm_step_plain, rms_norm_gates, rms_norm_gates_plain,
     slstm_sequence, slstm_sequence_plain)
 from xlstm_metal.blocks.ffn import gated_silu, gated_silu_plain  # noqa: E402
@@ -40,6 +40,8 @@ from xlstm_metal.model.model import Model  # noqa: E402
 from xlstm_metal.blocks.block import make_block  # noqa: E402
 from xlstm_metal.wiring.wiring import Neuron  # noqa: E402
 from xlstm_metal.train.train import fit, init_weights, make_optimizer  # noqa: E402
+from xlstm_metal.train.training_kernels import (  # noqa: E402
+    adamw, adamw_plain, add_squares, add_squares_plain, capped_cross_entropy, capped_cross_entropy_plain)
 
 
 def cell_case(B, NH, S, DQK, DV, dtype, seed=0, writes=-3.):
@@ -124,6 +126,47 @@ def silu_case(n, dtype, seed=0):
 def silu64(a, b):
     a, b = (np.array(x.astype(mx.float32), np.float64) for x in (a, b))
     return [a / (1 + np.exp(-a)) * b]
+
+
+def gates_case(B, S, D, NH, dtype, seed=0):
+    r = np.random.default_rng(seed)
+    a = lambda *s, mean=0., std=1.: mx.array((mean + std * r.normal(size=s)).astype(np.float32))
+    return a(B, S, D).astype(dtype), a(NH, D, std=D**-.5), a(NH), a(NH, D, std=D**-.5), a(NH, mean=3)
+
+
+def gates64(x, *maps):
+    x, Wi, bi, Wf, bf = (np.array(a.astype(mx.float32), np.float64) for a in (x, *maps))
+    return [15 * np.tanh((x @ W.T + b) / 15).swapaxes(1, 2) for W, b in ((Wi, bi), (Wf, bf))]
+
+
+def logits_case(N, V, dtype, seed=0):
+    r = np.random.default_rng(seed)
+    return mx.array(4 * r.normal(size=(N, V)).astype(np.float32)).astype(dtype), mx.array(r.integers(0, V, N).astype(np.int32))
+
+
+def loss64(x, y):
+    x, y = 30 * np.tanh(np.array(x.astype(mx.float32), np.float64) / 30), np.array(y)
+    return [np.log(np.exp(x).sum(1)) - x[np.arange(len(y)), y]]
+
+
+def update_case(*shape, dtype, seed=0):
+    r = np.random.default_rng(seed)
+    g, w, m, v = (mx.array(r.normal(size=shape).astype(np.float32)).astype(dtype) for _ in range(4))
+    return g, w, m, mx.abs(v), mx.array([.01, .02, 3., .9, .1, .95, .05, 1e-8, .1, .5, 9.])
+
+
+def update64(*args):
+    g, w, m, v, s = (np.array(a.astype(mx.float32), np.float64) for a in args)
+    rate, step, correction, b1, new1, b2, new2, eps, decay, longest, squares = s
+    g = min(1, longest / (squares**.5 + 1e-6)) * g
+    m, v = b1 * m + new1 * g, b2 * v + new2 * g * g
+    return [w * (1 - rate * decay) - step * m / (np.sqrt(v) * correction + eps), m, v]
+
+
+def squares64(x, sums):
+    rows = np.zeros(-(-x.size // 2**18) * 2**18)
+    rows[:x.size] = np.array(x.astype(mx.float32), np.float64)**2
+    return [np.array(sums, np.float64) + rows.reshape(-1, 256, 1024).sum((0, 2))]
 
 
 # RMSNorm as a kernel of ours, to be compared with the one MLX has: eight SIMD groups for each row
@@ -310,6 +353,13 @@ def cases(quick):
     silu = (gated_silu, gated_silu_plain)
     for n in (1, 16384): yield "ffn", f"silu times up, {n} x 2752", *silu, silu64, partial(silu_case, n, bf16), 1e-2, n == 1
     yield "ffn", "silu times up, there and back", *(with_gradient(f, (0,)) for f in silu), None, partial(silu_case, 16384, bf16), 1e-2, False
+    maps, loss = (gate_maps, gate_maps_plain), [lambda x, y, f=f: f(x, y, 30.) for f in (capped_cross_entropy, capped_cross_entropy_plain)]
+    for B, S, D, NH in ((1, 2048, 4096, 8), (32, 512, 1024, 4)):
+        yield "gates", f"gates of {NH} heads, {B} x {S} tokens of {D}", *maps, gates64, partial(gates_case, B, S, D, NH, bf16), 1e-5, False
+        yield "gates", "there and back", *(with_gradient(f, (1, 3)) for f in [lambda *a, f=f: [(g @ a[0].astype(f32)).sum(0) for g in f(*a)] for f in maps]), None, partial(gates_case, B, S, D, NH, bf16), 1e-2, False
+    yield "update", "loss of 4096 x 50304 logits", *loss, loss64, partial(logits_case, 4096, 50304, bf16), 1e-5, False
+    yield "update", "sum of squares, 51 million", add_squares, add_squares_plain, squares64, lambda seed=0: (update_case(50304 * 1024, dtype=bf16, seed=seed)[0], mx.ones(256)), 1e-5, False
+    yield "update", "AdamW, 51 million", adamw, adamw_plain, update64, partial(update_case, 50304, 1024, dtype=bf16), 1e-2, False
     yield "norm", "norm and gate, there and back", *(with_gradient(f, (1,)) for f in norm[:2]), None, partial(norm_case, 32, 4, 512, 256, bf16), 1e-2, False
     for B in (1, 8, 64): yield "step", f"7B step, batch {B}", *step, partial(cell_case, B, 8, 1, 256, 512, bf16), 1e-5, True
     for S in (4, 16, 256): yield "sequence", f"7B prompt of {S}", *chunks, partial(cell_case, 1, 8, S, 256, 512, bf16), 1e-5, S <= 16
@@ -474,7 +524,7 @@ def kernels(mode):
     finally: os.environ["XLSTM_METAL_KERNELS"] = before
 
 
-PARTS = "norm", "ffn", "step", "sequence", "gradient", "chunks", "conv", "slstm", "long", "decode", "bits", "wiring", "training"
+PARTS = "norm", "ffn", "gates", "update", "step", "sequence", "gradient", "chunks", "conv", "slstm", "long", "decode", "bits", "wiring", "training"
 
 
 def measure(case):

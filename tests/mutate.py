@@ -119,7 +119,7 @@ def mutants(file): # name of a kernel or header
 def functions(): # name -> (f, arguments that choose types and constants)
     "What the self-tests of all kernels are asked for: 32 and 16 bits, and what else is a constant of a text."
     import mlx.core as mx
-    from test_kernels import DISPATCHED, mlstm_args, slstm_args
+    from test_kernels import DISPATCHED, adamw_args, mlstm_args, slstm_args
     from xlstm_metal import metal
     def short(args, t=mx.bfloat16): return [a.astype(t) for a in args]
     def mlstm(S, **kw):
@@ -131,9 +131,13 @@ def functions(): # name -> (f, arguments that choose types and constants)
     def token(args, t=mx.float32): return [a if a.ndim == 2 or a.shape == (5,) else a.astype(t) for a in args] # gates stay in 32 bits
     h, o, w, b = metal.samples((1, 2, 5, 33), (1, 5, 66), (66,), (66,))
     x, t, silu = metal.samples((2, 1, 30), (2, 1, 30), (30,)), metal.samples((2, 1, 30), (30,), (5, 30), (5,)), metal.samples((2, 3, 400), (2, 3, 400))
+    maps, squares = metal.samples((2, 5, 40), (3, 40), (3,), (3, 40), (3,)), metal.samples((3000,), (256,))
+    logits = metal.samples((3, 300))[0], mx.array([0, 7, 299])
     calls = {"_unmasked": [conv(4), short(conv(4)), conv(2)], "head_norm_gate": [(h, o, w), (h, o, w, b), (h, *short((o, w, b), mx.float16))],
              "add_rms_norm": [token(x), token(x, mx.bfloat16)], "rms_norm_gates": [(*token(t), 15.), (*token(t, mx.bfloat16), None)],
-             "gated_silu": [silu, short(silu)],
+             "gated_silu": [silu, short(silu)], "gate_maps": [(*maps, 15.), (*short(maps[:1]), *maps[1:], None)],
+             "capped_cross_entropy": [(*logits, 3.), (*short(logits[:1]), logits[1], None)], "add_squares": [squares, [squares[0].astype(mx.float16), squares[1]]],
+             "adamw": [adamw_args(), (*short(adamw_args()[:2]), *adamw_args()[2:])],
              "mlstm_step": mlstm(1) + mlstm(1, NH=64), "mlstm_recurrent": mlstm(5), "_short": mlstm(5), "_long": mlstm(70), "mlstm_long_chunks": mlstm(70),
              "slstm_step": slstm(1), "slstm_sequence": slstm(5)}
     return {name: (f, calls[name.rpartition(".")[2]]) for name, f in DISPATCHED.items()}
@@ -153,6 +157,12 @@ def wider(name, seed):
         return tuple(a.astype(t) for a in (r(B, S, DV, scale=scale), r(DV, 1, K), r(DV), r(B, K - 1, DV)))
     if name == "head_norm_gate":
         return r(B, NH, S, DV, scale=scale), *(a.astype(t) for a in (r(B, S, NH * DV, scale=scale), r(NH * DV))), r(NH * DV).astype(t) if seed % 2 else None
+    if name == "gate_maps": return r(B, S, DV).astype(t), r(NH, DV), r(NH), r(NH, DV), r(NH), 15. * scale if seed % 2 else None
+    if name == "capped_cross_entropy": return r(S, DV * 40, scale=scale).astype(t), mx.array(rng.integers(0, DV * 40, S).astype(np.int32)), 3 * scale if seed % 2 else None
+    if name == "add_squares": return r(DV * 7000, scale=scale).astype(t), r(256)
+    if name == "adamw":
+        settings = mx.array(rng.random(11).astype(np.float32))
+        return *(r(S, DV, scale=scale).astype(t) for _ in range(3)), mx.abs(r(S, DV)).astype(t), settings
     if name == "gated_silu": return tuple(r(B, S, DV * 9, scale=scale).astype(t) for _ in range(2))
     if name == "add_rms_norm": return *(r(B, 1, DV * 9, scale=scale).astype(t) for _ in range(2)), r(DV * 9).astype(t)
     if name == "rms_norm_gates": return r(B, 1, DV * 9, scale=scale).astype(t), r(DV * 9).astype(t), r(DQK, DV * 9) / DV**.5, r(DQK), 15. if seed % 2 else None
@@ -293,7 +303,7 @@ def main():
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--to", type=Path, help="write what became of every mutant, as JSON lines; what stands there is not run again")
     a = parser.parse_args()
-    files = [f.name for f in sorted(FOLDER.glob("*")) if f.stem not in ("host", "cuda", "types") and (not a.files or f.stem in a.files)]
+    files = [f.name for f in sorted(FOLDER.glob("*")) if f.stem not in ("host", "cuda", "nvrtc", "types") and (not a.files or f.stem in a.files)]
     chosen = {f: mutants(f) for f in files}
     if a.sample: chosen = {f: random.Random(a.seed).sample(ms, min(a.sample, len(ms))) for f, ms in chosen.items()}
     found = [(Mutant(*m), who, d) for *m, who, d in map(json.loads, a.to.open())] if a.to and a.to.exists() else []

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from ..numerics import log_sigmoid, soft_cap
 from ..cells.conv import Conv1dCell, HeadwiseLinear
+from ..cells.mlstm_gates import gate_maps
 from ..cells.norms import LayerNorm, RMSNorm, MultiHeadNorm, add_and_norm
 from ..cells.mlstm import mlstm_step_plain
 from ..cells.mlstm_chunk_gradients import mlstm_chunkwise
@@ -117,8 +118,11 @@ class mLSTMLayer(nn.Module):
         Returns:
             i, f (B, S, NH) float32
         """
+        both = self.igate_preact, self.fgate_preact
+        if x.shape[1] > 1 and all(type(m) is GateLinear for m in both):
+            return tuple(g.swapaxes(1, 2) for g in gate_maps(x, *(w for m in both for w in (m.weight, m.bias)), self.gate_soft_cap))
         x = x.astype(mx.float32)
-        return tuple(soft_cap(gate(x), self.gate_soft_cap) for gate in (self.igate_preact, self.fgate_preact))
+        return tuple(soft_cap(gate(x), self.gate_soft_cap) for gate in both)
 
     def inputs(self,
         x: mx.array, # (B, S, D)
@@ -132,8 +136,8 @@ class mLSTMLayer(nn.Module):
             q, k (B, NH, S, DQK), v (B, NH, S, DV), gates i, f (B, NH, S) float32, capped
         """
         B, S, _ = x.shape
-        def heads(y): # of one token they are in order
-            return y.reshape(B, self.num_heads, 1, -1) if S == 1 else y.reshape(B, S, self.num_heads, -1).swapaxes(1, 2)
+        def heads(y): # of one token they are in order; of several, put in order once for all that reads them
+            return y.reshape(B, self.num_heads, 1, -1) if S == 1 else mx.contiguous(y.reshape(B, S, self.num_heads, -1).swapaxes(1, 2))
         q, k, v = (heads(p(x)) for p in (self.q, self.k, self.v))
         i, f = (g.reshape(B, self.num_heads, 1) if S == 1 else g.swapaxes(1, 2) for g in self.gates(x))
         return q, k, v, i, f

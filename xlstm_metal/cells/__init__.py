@@ -10,6 +10,7 @@ _home = {
     "empty_slstm_state": "slstm", "slstm_step": "slstm", "slstm_step_plain": "slstm",
     "slstm_sequence": "slstm", "slstm_sequence_plain": "slstm",
     "causal_conv1d": "conv", "causal_conv1d_plain": "conv",
+    "gate_maps": "mlstm_gates", "gate_maps_plain": "mlstm_gates",
     "head_norm_gate": "norms", "head_norm_gate_plain": "norms",
     "add_rms_norm": "norms", "add_rms_norm_plain": "norms", "rms_norm_gates": "norms", "rms_norm_gates_plain": "norms",
 }

@@ -8,7 +8,7 @@ __all__ = ['state_grad_kernel', 'weights_grad_kernel', 'input_grad_kernel', 'lon
 # %% ../../nbs/cells/16_mlstm_chunk_gradients.ipynb #cdc88b6c
 from math import log2
 import mlx.core as mx
-from ..metal import Kernel, backend, dispatch, gradients
+from ..metal import Kernel, backend, dispatch, gradients, numbers
 from .mlstm_chunks import mlstm_chunkwise_plain
 from .mlstm_chunk_kernels import (_as_heads, _as_rows, _chunks_fit, _is_short,
     _launch_recurrent, _launch_rows, _recurrent_examples, _recurrent_rows, _num_tiles, _run_output, _run_states, _tile, recurrent_kernel, state_kernel)
@@ -72,7 +72,7 @@ def _rows_gradient(rows, results, kept, cotangents, eps):
     (q, k, v, i, log_f, C, n, m), (h, C1, n1, _), (dh, dC, dn, dm) = rows, results, cotangents
     weights, m_rows, inter_chunk_decay, gain, denom_sign, decay_to_end = kept
     (N, S, DQK), DV, NC = q.shape, v.shape[-1], _num_tiles(q.shape[1])
-    f32, scalars = mx.float32, mx.array([DQK**-0.5, eps])
+    f32, scalars = mx.float32, numbers(DQK**-0.5, eps)
     states, n_states, m_states = _run_states(k, v, i, log_f, C, n, m) # again, rather than kept all the time
     dnum = dh * gain[..., None]
     ddenom = -(dnum * h).sum(-1)

@@ -7,7 +7,7 @@ __all__ = ['state_kernel', 'weights_kernel', 'output_kernel', 'recurrent_kernel'
 
 # %% ../../nbs/cells/14_mlstm_chunk_kernels.ipynb #807f2629
 import mlx.core as mx
-from ..metal import Kernel, dispatch
+from ..metal import Kernel, dispatch, numbers
 from .mlstm import _at_tokens, _check_tokens, empty_state, log_gates, mlstm_recurrent_plain
 from .mlstm_step_kernel import fits, mlstm_examples
 
@@ -58,7 +58,7 @@ def _run_output(x, weights, y, states, a, gain, transposed: bool = False):
 def _launch_rows(q, k, v, i, log_f, C, n, m, eps):
     "Three launches for any number of tokens: h, C, n, m, and what `_run_weights` returned."
     states, n_states, m_states = _run_states(k, v, i, log_f, C, n, m)
-    rows = _run_weights(q, k, i, log_f, n_states, m_states, mx.array([q.shape[-1]**-0.5, eps]))
+    rows = _run_weights(q, k, i, log_f, n_states, m_states, numbers(q.shape[-1]**-0.5, eps))
     weights, _, inter_chunk_decay, gain, *_ = rows
     h = _run_output(q, weights, v, states, inter_chunk_decay, gain)
     return h, states[:, -1], n_states[:, -1], m_states[:, -1], *rows
@@ -70,7 +70,7 @@ recurrent_kernel = Kernel("mlstm_recurrent", ["q", "k", "v", "i", "log_f", "C", 
 def _launch_recurrent(q, k, v, i, f, state, mask, eps):
     "One launch, token after token: h and the new state."
     (B, NH, S, DQK), DV, rows = q.shape, v.shape[-1], _as_rows(q, k, v, i, f, state, mask)
-    outputs = recurrent_kernel(*rows, mx.array([DQK**-0.5, eps]), SLICES=8, ROWS=-(-DQK // 8), dtypes=[mx.float32] * 4,
+    outputs = recurrent_kernel(*rows, numbers(DQK**-0.5, eps), SLICES=8, ROWS=-(-DQK // 8), dtypes=[mx.float32] * 4,
                                shapes=[(B * NH, S, DV), *(x.shape for x in rows[-3:])],
                                grid=(-(-DV // 32) * 32, 8, B * NH), threads=(32, 8, 1))
     return _as_heads(B, NH, *outputs), ()

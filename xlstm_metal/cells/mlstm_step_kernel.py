@@ -7,7 +7,7 @@ __all__ = ['step_kernel', 'mlstm_step', 'fits', 'mlstm_examples']
 
 # %% ../../nbs/cells/13_mlstm_step_kernel.ipynb #2196660f
 import mlx.core as mx
-from ..metal import Kernel, dispatch, like, samples
+from ..metal import Kernel, dispatch, like, numbers, samples
 from .mlstm import _check_one_token, empty_state, mlstm_step_plain
 
 # %% ../../nbs/cells/13_mlstm_step_kernel.ipynb #eb58a1fe
@@ -20,8 +20,8 @@ def _launch_step(q, k, v, i, f, state, mask, eps):
     _check_one_token(q)
     (B, NH, _, DQK), DV, slices, columns = k.shape, v.shape[-1], 8, _columns(q)
     C, n, m = state or empty_state(B, NH, DQK, DV)
-    mask = mx.array([[True]] * B) if mask is None else mask
-    h, *state = step_kernel(q, k, v, i, f, C, n, m, mask, mx.array([DQK**-0.5, eps]),
+    mask = numbers(*[True] * B) if mask is None else mask
+    h, *state = step_kernel(q, k, v, i, f, C, n, m, mask, numbers(DQK**-0.5, eps),
                             shapes=[(B, NH, 1, DV), C.shape, n.shape, m.shape], dtypes=[mx.float32] * 4,
                             grid=(-(-DV // (32 * columns)) * 32, slices, B * NH), threads=(32, slices, 1), SLICES=slices, COLUMNS=columns)
     return (h, tuple(state)), ()

@@ -11,7 +11,7 @@ __all__ = ['norm_kernel', 'norm_grad_kernel', 'head_norm_gate', 'add_norm_kernel
 from math import gcd
 import mlx.core as mx
 import mlx.nn as nn
-from ..metal import Kernel, dispatch, like, samples
+from ..metal import Kernel, dispatch, like, numbers, samples
 from ..numerics import soft_cap
 
 # %% ../../nbs/cells/10_norms.ipynb #4ab9b0a3
@@ -152,20 +152,26 @@ def _row_grid(h: mx.array) -> dict:
     return dict(grid=(32 * rows, 1, 1), threads=(32 * gcd(rows, 8), 1, 1))
 
 def _launch_norm(h, o, w, b, eps):
-    y, = norm_kernel(h, o, w, w if b is None else b, mx.array([eps]), shapes=[o.shape], dtypes=[o.dtype],
+    y, = norm_kernel(h, o, w, w if b is None else b, numbers(eps), shapes=[o.shape], dtypes=[o.dtype],
                         T=o.dtype, BIAS=b is not None, **_row_grid(h))
     return y, ()
 
 def _norm_gradient(args, y, kept, dy):
     h, o, w, b, eps = args
-    has_bias, f32 = b is not None, mx.float32
+    (B, NH, S, DV), has_bias, f32 = h.shape, b is not None, mx.float32
+    if DV > 1024: return None # a SIMD group would have no registers for a row
+    blocks = -(-S // 32)
     dh, do, dw, db = norm_grad_kernel(
-        h, o, w, b if has_bias else w, mx.array([eps]), dy, shapes=[h.shape, o.shape, o.shape, o.shape if has_bias else (1, 1, 1)],
-        dtypes=[f32, o.dtype, f32, f32], T=o.dtype, BIAS=has_bias, **_row_grid(h))
-    return dh, do, dw.sum((0, 1)), db.sum((0, 1)) if has_bias else None, None
+        h, o, w, b if has_bias else w, numbers(eps), dy, shapes=[h.shape, o.shape, (B * blocks, NH * DV), (B * blocks, NH * DV) if has_bias else (1, 1)],
+        dtypes=[f32, o.dtype, f32, f32], T=o.dtype, BIAS=has_bias, PER=-(-DV // 32),
+        grid=(B * NH * blocks * 256, 1, 1), threads=(256, 1, 1))
+    return dh, do, dw.sum(0), db.sum(0) if has_bias else None, None
 
-head_norm_gate = dispatch(norm_kernel, head_norm_gate_plain, _launch_norm, _norm_gradient,
-                          examples=lambda *args: [like(args, (*samples((2, 2, 5, DV), (2, 5, 2 * DV), (2 * DV,), (2 * DV,)), 1e-6)) for DV in (130, 70)])
+def _norm_examples(h, *args): # of the width of a call, and of one with as many rounds
+    def example(S, DV): return like((h, *args), (*samples((2, 2, S, DV), (2, S, 2 * DV), (2 * DV,), (2 * DV,)), 1e-6))
+    return [example(5, h.shape[-1]), example(35, -(-h.shape[-1] // 32) * 32 - 5)]
+
+head_norm_gate = dispatch(norm_kernel, head_norm_gate_plain, _launch_norm, _norm_gradient, examples=_norm_examples, constants=lambda h, *_: -(-h.shape[-1] // 32))
 
 # %% ../../nbs/cells/10_norms.ipynb #09c20d81
 def add_rms_norm_plain(
@@ -218,12 +224,12 @@ def _one_token(x, *others): # of each text, in one type
     return x.ndim > 1 and x.shape[-2] == 1 and 0 < x.size < 2**24 and all(a.dtype == x.dtype for a in others)
 
 def _launch_add_norm(x, y, w, eps):
-    return tuple(add_norm_kernel(x, y, w, mx.array([eps]), shapes=[x.shape] * 2, dtypes=[x.dtype] * 2, T=x.dtype,
+    return tuple(add_norm_kernel(x, y, w, numbers(eps), shapes=[x.shape] * 2, dtypes=[x.dtype] * 2, T=x.dtype,
                                  grid=(x.size // x.shape[-1] * 256, 1, 1), threads=(256, 1, 1))), ()
 
 def _launch_norm_gates(x, w, W, b, cap, eps):
     shapes = [x.shape, (*x.shape[:-1], len(W))]
-    return tuple(norm_gates_kernel(x, w, W, b, mx.array([eps, cap or 0.]), shapes=shapes, dtypes=[x.dtype, mx.float32], T=x.dtype, BOUNDED=bool(cap),
+    return tuple(norm_gates_kernel(x, w, W, b, numbers(eps, cap or 0.), shapes=shapes, dtypes=[x.dtype, mx.float32], T=x.dtype, BOUNDED=bool(cap),
                                    grid=(x.size // x.shape[-1] * len(W) * 256, 1, 1), threads=(256, 1, 1))), ()
 
 def _examples(args, shapes, *rest): # shapes: of D; in the second example a number outweighs the others

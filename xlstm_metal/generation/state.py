@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 from ..metal import only_forward
 from ..wiring.cache import align
+from ..wiring.run import early_blocks
 from ..model.tokenizer import encode_pieces
 from ..model.model import Model
 from .compiled_step import next_logits
@@ -107,7 +108,7 @@ class State:
 
     def _read_chunk(self, ids: np.ndarray): # (B, S), S up to the model's chunk size
         ahead = self.fork()
-        with only_forward(): x = self.model.hidden(mx.array(ids), ahead.cache)
+        with early_blocks(), only_forward(): x = self.model.hidden(mx.array(ids), ahead.cache)
         ahead.advance(self.model.head(x[:, -1]), ids.shape[1])
         mx.eval(ahead.logits, [slot.state for slot in ahead.cache])
         self.move(ahead)

@@ -156,6 +156,17 @@ class Model(nn.Module):
         x = self.embeddings(ids) if input_embeddings is None else input_embeddings
         return self.backbone(self.embedding_dropout(x), cache, mask)
 
+    def uncapped(self, x: mx.array) -> mx.array: # (..., D) -> (..., V)
+        """Logits before their bound.
+
+        Args:
+            x: (..., D)
+
+        Returns:
+            (..., V)
+        """
+        return self.lm_head(x) if "lm_head" in self else self.embeddings.as_linear(x)
+
     def head(self, x: mx.array) -> mx.array: # (..., D) -> (..., V) float32, capped
         """Logits.
 
@@ -165,8 +176,7 @@ class Model(nn.Module):
         Returns:
             (..., V) float32, capped
         """
-        x = self.lm_head(x) if "lm_head" in self else self.embeddings.as_linear(x)
-        return soft_cap(x, self.args.output_logit_soft_cap)
+        return soft_cap(self.uncapped(x), self.args.output_logit_soft_cap)
 
     def __call__(self,
         inputs: mx.array, # token ids (B, S)
