@@ -136,7 +136,7 @@ def functions(): # name -> (f, arguments that choose types and constants)
     calls = {"_unmasked": [conv(4), short(conv(4)), conv(2)], "head_norm_gate": [(h, o, w), (h, o, w, b), (h, *short((o, w, b), mx.float16))],
              "add_rms_norm": [token(x), token(x, mx.bfloat16)], "rms_norm_gates": [(*token(t), 15.), (*token(t, mx.bfloat16), None)],
              "gated_silu": [silu, short(silu)], "gate_maps": [(*maps, 15.), (*short(maps[:1]), *maps[1:], None)],
-             "capped_cross_entropy": [(*logits, 3.), (*short(logits[:1]), logits[1], None)], "add_squares": [squares, [squares[0].astype(mx.float16), squares[1]]],
+             "capped_cross_entropy": [(*logits, 30.), (*short(logits[:1]), logits[1], None)], "add_squares": [squares, [squares[0].astype(mx.float16), squares[1]]],
              "adamw": [adamw_args(), (*short(adamw_args()[:2]), *adamw_args()[2:])],
              "mlstm_step": mlstm(1) + mlstm(1, NH=64), "mlstm_recurrent": mlstm(5), "_short": mlstm(5), "_long": mlstm(70), "mlstm_long_chunks": mlstm(70),
              "slstm_step": slstm(1), "slstm_sequence": slstm(5)}

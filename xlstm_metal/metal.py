@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from collections import Counter
 from functools import cache, lru_cache, wraps
 from inspect import Parameter, signature
+from itertools import count
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 from .kernel_text import export_kernels, kernel_source, live_sources, load_ipython_extension
@@ -231,8 +232,9 @@ def matches_reference(
         mx.eval(want, weights)
     return _agree(_values(function, args, weights, with_gradients), want, tolerance)
 
-def _weights(results): # of the sum whose gradient is compared
-    return tree_map(lambda x: mx.cos(mx.arange(x.size)).reshape(x.shape).astype(x.dtype), results)
+def _weights(results): # of the sum whose gradient is compared; others for each result
+    number = count()
+    return tree_map(lambda x: mx.cos(mx.arange(x.size) + next(number)).reshape(x.shape).astype(x.dtype), results)
 
 def _values(f, args, weights, with_gradients) -> list: # weights: of the results
     return _floats(gradients(f, args, weights) if with_gradients else f(*args))

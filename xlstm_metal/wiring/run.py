@@ -7,6 +7,7 @@ __all__ = ['layer_names', 'Plan', 'signed_sum', 'Combiner', 'shift_by_one', 'Obs
            'BlockStack', 'blocks_of', 'block_neuron', 'layer_wiring']
 
 # %% ../../nbs/wiring/31_run.ipynb #76911034
+from collections import deque
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -123,14 +124,23 @@ class Observer:
         "Called after the last block."
 
 # %% ../../nbs/wiring/31_run.ipynb #acd2381f
-_early = ContextVar("early", default=False)
+_early = ContextVar("early", default=None)
 
 @contextmanager
-def early_blocks():
-    "Inside a `with`, blocks are computed while the next ones are recorded; not for gradients, nor for `mx.compile`."
-    token = _early.set(True)
+def early_blocks(ahead: int = 4): # blocks that are recorded and not computed yet, at most: each of them needs memory
+    """Inside a `with`, blocks are computed while the next ones are recorded; not for gradients, nor for `mx.compile`.
+
+    Args:
+        ahead: blocks that are recorded and not computed yet, at most: each of them needs memory
+    """
+    token = _early.set(deque(maxlen=ahead))
     try: yield
     finally: _early.reset(token)
+
+def _begin(results, begun: deque): # begun: the last results whose computation was begun
+    mx.async_eval(results)
+    if len(begun) == begun.maxlen: mx.eval(begun[0])
+    begun.append(results)
 
 # %% ../../nbs/wiring/31_run.ipynb #14d983b5
 class WiringRun:
@@ -160,7 +170,7 @@ class WiringRun:
             if len(scc) > 1 or any(i == j for i, _, _ in plan.inputs[j]): self._step_component(scc)
             else:
                 self.outputs[j] = self._run_neuron(j, [self._read(i, delay) for i, _, delay in plan.inputs[j]], mask)
-                if _early.get(): mx.async_eval(self.outputs[j], self.states[j])
+                if (begun := _early.get()) is not None: _begin((self.outputs[j], self.states[j]), begun)
 
     def _read(self, i: int, delay: int) -> mx.array: # a whole piece
         return shift_by_one(self.outputs[i], self.previous[i], self.mask)[0] if delay else self.outputs[i]
