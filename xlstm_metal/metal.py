@@ -120,8 +120,8 @@ class Kernel:
             return run(self.name, text, dict(zip(self.inputs, arrays)), outputs, grid, threads, template, self.includes)
         headers = tuple(kernel_source(f"{name}.h") for name in self.includes)
         if where == "cuda":
-            from xlstm_metal import nvrtc
-            if outputs := nvrtc.launch(self, text, headers, arrays, shapes, dtypes, grid, threads, template): return outputs
+            from xlstm_metal.nvrtc import launch
+            if outputs := launch(self, text, headers, arrays, shapes, dtypes, grid, threads, template): return outputs
         if (key := (headers, text, where)) not in self.compiled: # a changed cell is a new kernel
             self.compiled[key] = _compile_kernel(self, *key)
         return self.compiled[key](inputs=list(arrays), output_shapes=shapes, output_dtypes=dtypes,

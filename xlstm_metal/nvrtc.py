@@ -78,7 +78,7 @@ def compile_cuda(
 @cache
 def _arch() -> str | None: # of this GPU; None: this compiler is not there, or does not know it
     info = mx.device_info()
-    arch = f"sm_{info['compute_capability_major']}{info['compute_capability_minor']}"
+    arch = f"sm_{info.get('compute_capability_major')}{info.get('compute_capability_minor')}"
     try: return _library() and hasattr(mx.fast, "precompiled_cuda_kernel") and compile_cuda("__global__ void nothing() {}", arch) and arch
     except RuntimeError: return None
 

@@ -167,11 +167,14 @@ def _run_again(block):
     return run
 
 # %% ../../nbs/train/71_train.ipynb #1ac80858
-def our_optimizers(optimizer: optim.Optimizer) -> list: # those inside that are of class `AdamW`, if all are
+def our_optimizers(optimizer: optim.Optimizer) -> list: # optimizer: or several in one; returns those inside, if all are of class `AdamW`
     """Optimizers that clip what they read.
 
+    Args:
+        optimizer: or several in one
+
     Returns:
-        those inside that are of class `AdamW`, if all are
+        those inside, if all are of class `AdamW`
     """
     inside = getattr(optimizer, "optimizers", [optimizer])
     return inside if all(type(o) is AdamW for o in inside) else []
