@@ -221,7 +221,7 @@ def train_step(
     """
     groups = same_inputs(model.eval())
     def loss_of(ids):
-        with recomputed(model) if recompute else nullcontext(), joint_linear(model.backbone, groups): return lm_loss(model, ids)
+        with joint_linear(model.backbone, groups), recomputed(model) if recompute else nullcontext(): return lm_loss(model, ids)
     model.train()
     optimizer.init(model.trainable_parameters())
     grad, state = nn.value_and_grad(model, loss_of), [model.state, optimizer.state, mx.random.state]
