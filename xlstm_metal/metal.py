@@ -144,14 +144,14 @@ def _compile_kernel(k: Kernel, headers: tuple[str, ...], text: str, where: str):
     return mx.fast.cuda_kernel(**args, header="\n".join([kernel_source("cuda.h"), *headers]))
 
 # %% ../nbs/02_metal.ipynb #0eda34d3
-@lru_cache(1024)
+@lru_cache(1024, typed=True) # 1.0 is equal to True
 def numbers(*values: float | bool) -> mx.array: # values: all floats, or all bools; returns them first, and then again up to 16 times
     """Numbers for a kernel, in the memory of the device.
 
     Returns:
         values: all floats, or all bools
     """
-    x = mx.contiguous(mx.tile(mx.array(values), 16)) # made by the device, of more than 8 bytes
+    x = mx.contiguous(mx.tile(mx.array(values, mx.bool_ if values[0] is True else mx.float32), 16)) # made by the device, of more than 8 bytes
     mx.eval(x)
     return x
 
