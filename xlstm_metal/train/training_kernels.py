@@ -167,7 +167,7 @@ class JointLinear(nn.Module):
     def __init__(self, layer: nn.Linear, group: list): # layer: whose weights it shows; group: of such stand-ins, to which it adds itself
         super().__init__()
         dict.update(self, layer)
-        self._group, self._last = (group,), (None, None) # tuples are no part of a module for MLX
+        self._group, self._index, self._last = (group,), len(group), (None, None) # tuples are no part of a module for MLX
         group.append(self)
 
     def __call__(self, x): # as for the layer
@@ -177,7 +177,7 @@ class JointLinear(nn.Module):
         """
         (group,) = self._group
         if group[0]._last[0] is not x: group[0]._last = x, joint_maps(x, [m.weight for m in group])
-        y = group[0]._last[1][next(j for j, m in enumerate(group) if m is self)]
+        y = group[0]._last[1][self._index]
         return y + self.bias if "bias" in self else y
 
 @contextmanager
