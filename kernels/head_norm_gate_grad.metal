@@ -14,6 +14,7 @@ for (uint j = 0; j < PER; j++) {
     if (BIAS) bias[j] = d < DV ? static_cast<float>(b[head * DV + d]) : 0.0f;
     of_weight[j] = of_bias[j] = 0.0f;
 }
+
 for (uint s = block * 32 + group; s < end; s += 8) {
     uint from = (row * S + s) * DV, to = ((batch * S + s) * NH + head) * DV;
     float z[PER];

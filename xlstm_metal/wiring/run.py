@@ -137,7 +137,8 @@ def early_blocks(ahead: int = 4): # blocks that are recorded and not computed ye
     try: yield
     finally: _early.reset(token)
 
-def _begin(results, begun: deque): # begun: the last results whose computation was begun
+def _begin(*results): # of a block
+    if (begun := _early.get()) is None: return
     mx.async_eval(results)
     if len(begun) == begun.maxlen: mx.eval(begun[0])
     begun.append(results)
@@ -170,7 +171,7 @@ class WiringRun:
             if len(scc) > 1 or any(i == j for i, _, _ in plan.inputs[j]): self._step_component(scc)
             else:
                 self.outputs[j] = self._run_neuron(j, [self._read(i, delay) for i, _, delay in plan.inputs[j]], mask)
-                if (begun := _early.get()) is not None: _begin((self.outputs[j], self.states[j]), begun)
+                _begin(self.outputs[j], self.states[j])
 
     def _read(self, i: int, delay: int) -> mx.array: # a whole piece
         return shift_by_one(self.outputs[i], self.previous[i], self.mask)[0] if delay else self.outputs[i]
