@@ -118,12 +118,9 @@ class Kernel:
             from xlstm_metal.host import run
             outputs = dict(zip(self.outputs, zip(shapes, dtypes)))
             return run(self.name, text, dict(zip(self.inputs, arrays)), outputs, grid, threads, template, self.includes)
-        headers = tuple(kernel_source(f"{name}.h") for name in self.includes)
-        if where == "cuda":
-            from xlstm_metal.nvrtc import launch
-            if outputs := launch(self, text, headers, arrays, shapes, dtypes, grid, threads, template): return outputs
-        if (key := (headers, text, where)) not in self.compiled: # a changed cell is a new kernel
-            self.compiled[key] = _compile_kernel(self, *key)
+        key = tuple(kernel_source(f"{name}.h") for name in self.includes), text, where
+        if where == "cuda" and (outputs := _launch_cuda(self, *key[:2], arrays, shapes, dtypes, grid, threads, template)): return outputs
+        if key not in self.compiled: self.compiled[key] = _compile_kernel(self, *key) # a changed cell is a new kernel
         return self.compiled[key](inputs=list(arrays), output_shapes=shapes, output_dtypes=dtypes,
                                   grid=grid, threadgroup=threads, template=list(template.items()))
 
@@ -136,6 +133,10 @@ def _check_launch(name, arrays, grid, threads):
         raise ValueError(f"kernel {name}: grid {grid} is not a multiple of threads {threads}")
     if (n := threads[0] * threads[1] * threads[2]) > 256:
         raise ValueError(f"kernel {name}: {n} threads in a group are more than 256")
+
+def _launch_cuda(k: Kernel, headers: tuple[str, ...], text: str, *launch): # None: NVIDIA's compiler cannot be asked directly
+    from xlstm_metal.nvrtc import launch as run
+    return run(k, text, headers, *launch)
 
 def _compile_kernel(k: Kernel, headers: tuple[str, ...], text: str, where: str):
     args = dict(name=k.name, input_names=k.inputs, output_names=k.outputs, source=text)
