@@ -29,5 +29,7 @@ threadgroup_barrier(mem_flags::mem_threadgroup);
 if (own == 0) {
     sum = b[g];
     for (uint j = 0; j < 8; j++) sum += sums[j];
-    gates[row * G + g] = BOUNDED ? scalars[1] * metal::tanh(sum / scalars[1]) : sum;
+    if (BOUNDED) sum = scalars[1] * metal::tanh(sum / scalars[1]);
+    if (g < G / 2) i[row * (G / 2) + g] = sum;
+    else f[row * (G / 2) + g - G / 2] = sum;
 }

@@ -115,7 +115,8 @@ def add_norm64(x, y, w, W, b):
 
 def norm_gates64(x, y, w, W, b):
     z = rms64(x, w)[0]
-    return [z, 15 * np.tanh((z @ np.array(W, np.float64).T + np.array(b, np.float64)) / 15)]
+    gates = 15 * np.tanh((z @ np.array(W, np.float64).T + np.array(b, np.float64)) / 15)
+    return [z, *np.split(gates.swapaxes(-1, -2), 2, -2)]
 
 
 def silu_case(n, dtype, seed=0):

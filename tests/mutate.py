@@ -128,9 +128,9 @@ def functions(): # name -> (f, arguments that choose types and constants)
     def mask(S): return mx.ones((1, S), mx.bool_)
     def slstm(S): return [slstm_args(S), (*slstm_args(S, DH=70), mask(S))]
     def conv(K): return metal.samples((2, 9, 5), (5, 1, K), (5,), (2, K - 1, 5))
-    def token(args, t=mx.float32): return [a if a.ndim == 2 or a.shape == (5,) else a.astype(t) for a in args] # gates stay in 32 bits
+    def token(args, t=mx.float32): return [a if a.ndim == 2 or a.shape == (6,) else a.astype(t) for a in args] # gates stay in 32 bits
     h, o, w, b = metal.samples((1, 2, 5, 33), (1, 5, 66), (66,), (66,))
-    x, t, silu = metal.samples((2, 1, 30), (2, 1, 30), (30,)), metal.samples((2, 1, 30), (30,), (5, 30), (5,)), metal.samples((2, 3, 400), (2, 3, 400))
+    x, t, silu = metal.samples((2, 1, 30), (2, 1, 30), (30,)), metal.samples((2, 1, 30), (30,), (6, 30), (6,)), metal.samples((2, 3, 400), (2, 3, 400))
     maps, squares = metal.samples((2, 5, 40), (3, 40), (3,), (3, 40), (3,)), metal.samples((3000,), (256,))
     logits = metal.samples((3, 300))[0], mx.array([0, 7, 299])
     calls = {"_unmasked": [conv(4), short(conv(4)), conv(2)], "head_norm_gate": [(h, o, w), (h, o, w, b), (h, *short((o, w, b), mx.float16))],
@@ -165,7 +165,7 @@ def wider(name, seed):
         return *(r(S, DV, scale=scale).astype(t) for _ in range(3)), mx.abs(r(S, DV)).astype(t), settings
     if name == "gated_silu": return tuple(r(B, S, DV * 9, scale=scale).astype(t) for _ in range(2))
     if name == "add_rms_norm": return *(r(B, 1, DV * 9, scale=scale).astype(t) for _ in range(2)), r(DV * 9).astype(t)
-    if name == "rms_norm_gates": return r(B, 1, DV * 9, scale=scale).astype(t), r(DV * 9).astype(t), r(DQK, DV * 9) / DV**.5, r(DQK), 15. if seed % 2 else None
+    if name == "rms_norm_gates": return r(B, 1, DV * 9, scale=scale).astype(t), r(DV * 9).astype(t), r(2 * DQK, DV * 9) / DV**.5, r(2 * DQK), 15. if seed % 2 else None
     if name.startswith("slstm"):
         S, DH = (1 if name == "slstm_step" else min(S, 30)), [DQK, DV + 70][seed % 2]
         state = None if seed % 4 == 0 else (r(B, NH, DH), r(B, NH, DH, scale=scale), 1 + mx.abs(r(B, NH, DH)), r(B, NH, DH, scale=scale))

@@ -8,6 +8,7 @@ __all__ = ['chips', 'seconds', 'device_limits', 'token_bytes', 'token_launches',
 
 # %% ../../nbs/apps/64_bench.ipynb #7c0ac0d1
 import io, json, os, re, subprocess, sys, time
+from contextlib import contextmanager
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -211,7 +212,7 @@ class Report(dict):
                 self["limits"]["products"] * 1e12 / 2 / (3 * (self["parameters"] + self["head_parameters"]) if r["part"] == "training" else self["parameters"])
             what = {"decode": f"decode, batch {r.get('rows')}, after {r.get('context')} tokens", "prefill": f"prefill, {r.get('tokens')} tokens",
                     "training": f"training, {r.get('rows')} rows of {r.get('tokens')}"}[r["part"]]
-            yield who + what, r["tokens_per_second"], limit, r.get("peak_memory")
+            yield who + what + (f", {r['how']}" if "how" in r else ""), r["tokens_per_second"], limit, r.get("peak_memory")
 
     def __str__(self):
         head = [f"{self['model']}, {self['device']}, kernels: {self['kernels']}",
@@ -315,15 +316,42 @@ def _torch_rows(read, write, prompts, n): # read: prompt's length -> seconds; wr
         yield dict(part="decode", rows=1, context=16, tokens_per_second=n / (write(n + 8) - min(write(8) for _ in range(3))))
         for p in prompts:
             read(p)
-            took = min(read(p) for _ in range(3))
-            yield dict(part="prefill", tokens=p, tokens_per_second=p / took, first_token=took)
+            with _torch_peak() as peak: took = min(read(p) for _ in range(3))
+            yield dict(part="prefill", tokens=p, tokens_per_second=p / took, first_token=took, **peak)
+
+@contextmanager
+def _torch_peak(): # a dictionary, filled at the end
+    import torch
+    peak = {}
+    if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
+    yield peak
+    if torch.cuda.is_available(): peak["peak_memory"] = torch.cuda.max_memory_allocated() / 1e9
+
+def _torch_training(theirs, forward, vocab, rows, tokens, rounds=3): # forward: ids -> logits; the steps of `time_training`
+    import torch
+    device = next(theirs.parameters()).device
+    ids = torch.tensor(np.random.default_rng(0).integers(1, vocab, (rows, tokens + 1)), device=device)
+    update = torch.optim.AdamW(theirs.parameters(), lr=1e-4, fused=True)
+    for how, f in (("eager", forward), ("torch.compile", torch.compile(forward)))[:1 + (device.type == "cuda")]:
+        def steps(k):
+            for _ in range(k):
+                loss = torch.nn.functional.cross_entropy(f(ids[:, :-1]).float().flatten(0, 1), ids[:, 1:].flatten())
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(theirs.parameters(), .5)
+                update.step()
+                update.zero_grad()
+            loss.item()
+        with _torch_peak() as peak:
+            first, _ = _timed(steps, 1), steps(2)
+            speed = rows * tokens * rounds / _timed(steps, rounds)
+        yield dict(part="training", tokens=tokens, rows=rows, how=how, tokens_per_second=speed, first_step=first, **peak)
 
 def _timed(f, *args) -> float: # f: reads a number back at its end
     start = time.perf_counter()
     f(*args)
     return time.perf_counter() - start
 
-def _transformers_rows(path: str, dtype: str, prompts: list, n: int):
+def _transformers_rows(path: str, dtype: str, prompts: list, n: int, training: list | None):
     import torch
     from transformers import AutoModelForCausalLM
     device = "cuda" if torch.cuda.is_available() else "cpu" # xLSTM's kernels have nothing for a Mac's GPU there
@@ -331,25 +359,33 @@ def _transformers_rows(path: str, dtype: str, prompts: list, n: int):
     def ids(length): return torch.tensor(np.random.default_rng(0).integers(1, theirs.config.vocab_size, (1, length)), device=device)
     def read(p): theirs(ids(p), logits_to_keep=1).logits.argmax().item()
     def write(n): theirs.generate(ids(16), max_new_tokens=n, min_new_tokens=n, do_sample=False)
-    return _torch_rows(partial(_timed, read), partial(_timed, write), prompts, n)
+    yield from _torch_rows(partial(_timed, read), partial(_timed, write), prompts, n)
+    if training: yield from _torch_training(theirs.train(), lambda ids: theirs(ids).logits, theirs.config.vocab_size, *training)
 
 # %% ../../nbs/apps/64_bench.ipynb #989f3de6
-def _nxai_rows(sizes: dict, dtype: str, prompts: list, n: int):
+def _nxai_model(sizes: dict, dtype: str, mode: str): # mode: inference, train
     import torch
     from xlstm.xlstm_large.model import xLSTMLarge, xLSTMLargeConfig
     gpu = torch.cuda.is_available()
     kernels = ("chunkwise--triton_limit_chunk", "native_sequence__triton", "triton") if gpu else ("chunkwise--native_autograd", "native_sequence__native", "native")
-    config = xLSTMLargeConfig(**sizes, mode="inference", return_last_states=True, autocast_kernel_dtype=dtype, weight_mode="fused",
+    config = xLSTMLargeConfig(**sizes, mode=mode, return_last_states=True, autocast_kernel_dtype=dtype, weight_mode="fused",
                               **dict(zip(("chunkwise_kernel", "sequence_kernel", "step_kernel"), kernels)))
-    theirs = xLSTMLarge(config).to("cuda" if gpu else "cpu", getattr(torch, dtype)).eval()
-    def forward(ids, state=None): return theirs(torch.tensor(ids, device="cuda" if gpu else "cpu"), state)
+    return xLSTMLarge(config).to("cuda" if gpu else "cpu", getattr(torch, dtype)).train(mode == "train")
+
+def _nxai_rows(sizes: dict, dtype: str, prompts: list, n: int, training: list | None):
+    import torch
+    theirs = _nxai_model(sizes, dtype, "inference")
+    def forward(ids, state=None): return theirs(torch.tensor(ids, device=next(theirs.parameters()).device), state)
     def read(p): forward([[j % sizes["vocab_size"] for j in range(p)]])[0][:, -1].argmax().item()
     def write(n): # greedy
         logits, state = forward([list(range(1, 17))])
         for _ in range(n):
             logits, state = theirs(logits[:, -1:].argmax(-1), state)
         logits.argmax().item()
-    return _torch_rows(partial(_timed, read), partial(_timed, write), prompts, n)
+    yield from _torch_rows(partial(_timed, read), partial(_timed, write), prompts, n)
+    if training:
+        theirs = _nxai_model(sizes, dtype, "train")
+        yield from _torch_training(theirs, lambda ids: theirs(ids)[0], sizes["vocab_size"], *training)
 
 # %% ../../nbs/apps/64_bench.ipynb #1f5afa2f
 def compare(
@@ -357,7 +393,7 @@ def compare(
     model: Model, # whose sizes are meant
     path: str | Path | None, # folder of its checkpoint
     dtype: str, # float32, bfloat16, float16
-    prompts: list[int], n: int, # as for `bench`
+    prompts: list[int], n: int, training: tuple[int, int] | None = None, # as for `bench`
 ) -> list[dict]: # rows of a report
     """The same measurements with another program, in a process of its own.
 
@@ -366,7 +402,7 @@ def compare(
         model: whose sizes are meant
         path: folder of its checkpoint
         dtype: float32, bfloat16, float16
-        prompts, n: as for `bench`
+        prompts, n, training: as for `bench`
 
     Returns:
         rows of a report
@@ -374,9 +410,11 @@ def compare(
     what = str(path) if program == "transformers" else nxai_sizes(model)
     code = f"import json, sys\nfrom xlstm_metal.apps.bench import _{program}_rows as rows\nfor r in rows(*json.loads(sys.argv[1])): print('row', json.dumps(r))"
     env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"} # PyTorch brings its own products
-    r = subprocess.run([sys.executable, "-c", code, json.dumps([what, dtype, list(prompts), n])], capture_output=True, text=True, env=env)
+    r = subprocess.run([sys.executable, "-c", code, json.dumps([what, dtype, list(prompts), n, training])], capture_output=True, text=True, env=env)
     found = [json.loads(line[4:]) for line in r.stdout.splitlines() if line.startswith("row ")]
-    failed = [dict(error=f"not compared: {r.stderr.strip().splitlines()[-1]}")] if r.returncode else []
+    said = r.stderr.strip().splitlines() or [f"it ended with {r.returncode}"]
+    why = next((line for line in reversed(said) if re.match(r"[\w.]*(Error|Exception)\b", line)), said[-1]) # warnings may come last
+    failed = [dict(error=f"not compared: {why}")] if r.returncode else []
     return [row | dict(by=program) for row in found + failed]
 
 def nxai_sizes(model: Model) -> dict: # model: of blocks like those of xLSTM 7B; returns what NX-AI's package calls them

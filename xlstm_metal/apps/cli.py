@@ -199,9 +199,9 @@ def _cmd_bench(args):
     _set_device(args.device)
     model = _model_or_sizes(args)
     if "nxai" in args.compare: nxai_sizes(model) # before minutes of work
-    how = dict(prompts=args.prompts, n=args.tokens)
+    how = dict(prompts=args.prompts, n=args.tokens, training=args.training)
     name = " x ".join(map(str, args.sizes)) if args.sizes else args.model or "bundled model"
-    report = bench(model, name, batches=args.batches, training=args.training, **how)
+    report = bench(model, name, batches=args.batches, **how)
     for program in args.compare: report["rows"] += compare(program, model, args.model or bundled, report["dtype"].split(".")[-1], **how)
     print(report)
     if args.json: Path(args.json).write_text(json.dumps(report, indent=1))

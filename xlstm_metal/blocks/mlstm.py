@@ -109,20 +109,20 @@ class mLSTMLayer(nn.Module):
 
     def gates(self,
         x: mx.array, # (B, S, D)
-    ) -> tuple[mx.array, mx.array]: # i, f (B, S, NH) float32
+    ) -> tuple[mx.array, mx.array]: # i, f (B, NH, S) float32
         """Preactivations of input and forget gate, bounded (arXiv 2503.13427, section 3).
 
         Args:
             x: (B, S, D)
 
         Returns:
-            i, f (B, S, NH) float32
+            i, f (B, NH, S) float32
         """
         both = self.igate_preact, self.fgate_preact
         if x.shape[1] > 1 and all(type(m) is GateLinear for m in both):
-            return tuple(g.swapaxes(1, 2) for g in gate_maps(x, *(w for m in both for w in (m.weight, m.bias)), self.gate_soft_cap))
+            return gate_maps(x, *(w for m in both for w in (m.weight, m.bias)), self.gate_soft_cap)
         x = x.astype(mx.float32)
-        return tuple(soft_cap(gate(x), self.gate_soft_cap) for gate in both)
+        return tuple(soft_cap(gate(x), self.gate_soft_cap).swapaxes(1, 2) for gate in both)
 
     def inputs(self,
         x: mx.array, # (B, S, D)
@@ -139,8 +139,7 @@ class mLSTMLayer(nn.Module):
         def heads(y): # of one token they are in order; of several, put in order once for all that reads them
             return y.reshape(B, self.num_heads, 1, -1) if S == 1 else mx.contiguous(y.reshape(B, S, self.num_heads, -1).swapaxes(1, 2))
         q, k, v = (heads(p(x)) for p in (self.q, self.k, self.v))
-        i, f = (g.reshape(B, self.num_heads, 1) if S == 1 else g.swapaxes(1, 2) for g in self.gates(x))
-        return q, k, v, i, f
+        return q, k, v, *self.gates(x)
 
     def outputs(self,
         h: mx.array, # read-out of the cell (B, NH, S, DV)

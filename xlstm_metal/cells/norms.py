@@ -142,36 +142,33 @@ def head_norm_gate_plain(
     return (mx.sigmoid(o) * _head_norm(h, w, b, eps, o.dtype)).astype(o.dtype)
 
 # %% ../../nbs/cells/10_norms.ipynb #45014cc2
-norm_kernel = Kernel("head_norm_gate", ["h", "o", "w", "b", "eps"], ["y"], ["gates", "row_norm"])
-norm_grad_kernel = Kernel("head_norm_gate_grad", ["h", "o", "w", "b", "eps", "dy"],
-                         ["dh", "d_o", "dw", "db"], ["gates", "row_norm"])
+norm_kernel = Kernel("head_norm_gate", ["h", "o", "w", "b", "eps"], ["y"], ["gates"])
+norm_grad_kernel = Kernel("head_norm_gate_grad", ["h", "o", "w", "b", "eps", "dy"], ["dh", "d_o", "dw", "db"], ["gates"])
 
-def _row_grid(h: mx.array) -> dict:
-    "A SIMD group for each row, up to eight in a threadgroup."
-    rows = h.shape[0] * h.shape[1] * h.shape[2]
-    return dict(grid=(32 * rows, 1, 1), threads=(32 * gcd(rows, 8), 1, 1))
+def _per_lane(h, *_): return -(-h.shape[-1] // 32) # numbers of a row
 
 def _launch_norm(h, o, w, b, eps):
-    y, = norm_kernel(h, o, w, w if b is None else b, numbers(eps), shapes=[o.shape], dtypes=[o.dtype],
-                        T=o.dtype, BIAS=b is not None, **_row_grid(h))
+    rows = h.shape[0] * h.shape[1] * h.shape[2] # a SIMD group for each
+    y, = norm_kernel(h, o, w, w if b is None else b, numbers(eps), shapes=[o.shape], dtypes=[o.dtype], T=o.dtype, BIAS=b is not None,
+                     PER=_per_lane(h), grid=(32 * rows, 1, 1), threads=(32 * gcd(rows, 8), 1, 1))
     return y, ()
 
 def _norm_gradient(args, y, kept, dy):
     h, o, w, b, eps = args
     (B, NH, S, DV), has_bias, f32 = h.shape, b is not None, mx.float32
-    if DV > 1024: return None # a SIMD group would have no registers for a row
     blocks = -(-S // 32)
     dh, do, dw, db = norm_grad_kernel(
         h, o, w, b if has_bias else w, numbers(eps), dy, shapes=[h.shape, o.shape, (B * blocks, NH * DV), (B * blocks, NH * DV) if has_bias else (1, 1)],
-        dtypes=[f32, o.dtype, f32, f32], T=o.dtype, BIAS=has_bias, PER=-(-DV // 32),
+        dtypes=[f32, o.dtype, f32, f32], T=o.dtype, BIAS=has_bias, PER=_per_lane(h),
         grid=(B * NH * blocks * 256, 1, 1), threads=(256, 1, 1))
     return dh, do, dw.sum(0), db.sum(0) if has_bias else None, None
 
 def _norm_examples(h, *args): # of the width of a call, and of one with as many rounds
     def example(S, DV): return like((h, *args), (*samples((2, 2, S, DV), (2, S, 2 * DV), (2 * DV,), (2 * DV,)), 1e-6))
-    return [example(5, h.shape[-1]), example(35, -(-h.shape[-1] // 32) * 32 - 5)]
+    return [example(5, h.shape[-1]), example(35, _per_lane(h) * 32 - 5)]
 
-head_norm_gate = dispatch(norm_kernel, head_norm_gate_plain, _launch_norm, _norm_gradient, examples=_norm_examples, constants=lambda h, *_: -(-h.shape[-1] // 32))
+head_norm_gate = dispatch(norm_kernel, head_norm_gate_plain, _launch_norm, _norm_gradient, examples=_norm_examples, constants=_per_lane,
+                          fits=lambda h, *_: h.shape[-1] <= 1024) # a SIMD group has no registers for longer rows
 
 # %% ../../nbs/cells/10_norms.ipynb #09c20d81
 def add_rms_norm_plain(
@@ -193,32 +190,33 @@ def add_rms_norm_plain(
     return s, mx.fast.rms_norm(s, w, eps)
 
 def rms_norm_gates_plain(
-    x: mx.array, # (..., D)
+    x: mx.array, # (..., S, D)
     w: mx.array, # weight (D,)
-    W: mx.array, # of the gates (G, D) float32
-    b: mx.array, # (G,) float32
+    W: mx.array, # of the input gates, then of the forget gates (2 NH, D) float32
+    b: mx.array, # (2 NH,) float32
     cap: float | None = 15., # bound of the gates
     eps: float = 1e-6, # added to the mean square
-) -> tuple[mx.array, mx.array]: # norm (..., D), gates (..., G) float32
+) -> tuple[mx.array, mx.array, mx.array]: # norm (..., S, D), gates i, f (..., NH, S) float32
     """RMSNorm, and bounded float32 maps of its result (arXiv 2503.13427, section 3).
 
     Args:
-        x: (..., D)
+        x: (..., S, D)
         w: weight (D,)
-        W: of the gates (G, D) float32
-        b: (G,) float32
+        W: of the input gates, then of the forget gates (2 NH, D) float32
+        b: (2 NH,) float32
         cap: bound of the gates
         eps: added to the mean square
 
     Returns:
-        norm (..., D), gates (..., G) float32
+        norm (..., S, D), gates i, f (..., NH, S) float32
     """
     z = mx.fast.rms_norm(x, w, eps)
-    return z, soft_cap(z.astype(mx.float32) @ W.T + b, cap)
+    gates = soft_cap(z.astype(mx.float32) @ W.T + b, cap)
+    return z, *mx.split(gates.swapaxes(-1, -2), 2, -2)
 
 # %% ../../nbs/cells/10_norms.ipynb #1a6fd6a5
 add_norm_kernel = Kernel("add_rms_norm", ["x", "y", "w", "eps"], ["s", "z"])
-norm_gates_kernel = Kernel("rms_norm_gates", ["x", "w", "W", "b", "scalars"], ["z", "gates"])
+norm_gates_kernel = Kernel("rms_norm_gates", ["x", "w", "W", "b", "scalars"], ["z", "i", "f"])
 
 def _one_token(x, *others): # of each text, in one type
     return x.ndim > 1 and x.shape[-2] == 1 and 0 < x.size < 2**24 and all(a.dtype == x.dtype for a in others)
@@ -228,9 +226,9 @@ def _launch_add_norm(x, y, w, eps):
                                  grid=(x.size // x.shape[-1] * 256, 1, 1), threads=(256, 1, 1))), ()
 
 def _launch_norm_gates(x, w, W, b, cap, eps):
-    shapes = [x.shape, (*x.shape[:-1], len(W))]
-    return tuple(norm_gates_kernel(x, w, W, b, numbers(eps, cap or 0.), shapes=shapes, dtypes=[x.dtype, mx.float32], T=x.dtype, BOUNDED=bool(cap),
-                                   grid=(x.size // x.shape[-1] * len(W) * 256, 1, 1), threads=(256, 1, 1))), ()
+    gate = (*x.shape[:-2], len(W) // 2, 1)
+    return tuple(norm_gates_kernel(x, w, W, b, numbers(eps, cap or 0.), shapes=[x.shape, gate, gate], dtypes=[x.dtype, mx.float32, mx.float32],
+                                   T=x.dtype, BOUNDED=bool(cap), grid=(x.size // x.shape[-1] * len(W) * 256, 1, 1), threads=(256, 1, 1))), ()
 
 def _examples(args, shapes, *rest): # shapes: of D; in the second example a number outweighs the others
     def outweighed(a): return mx.where(mx.arange(a.shape[-1]) == 5, 100.03, a) if a.ndim == 3 else a
@@ -240,7 +238,7 @@ add_rms_norm = dispatch(add_norm_kernel, add_rms_norm_plain, _launch_add_norm, f
                         examples=lambda *args: _examples(args, lambda D: ((3, 1, D), (3, 1, D), (D,)), 1e-6))
 rms_norm_gates = dispatch(norm_gates_kernel, rms_norm_gates_plain, _launch_norm_gates, constants=lambda *args: (bool(args[4]),),
                           fits=lambda x, w, W, b, *_: _one_token(x, w) and W.dtype == b.dtype == mx.float32 and W.size < 2**16 * 2**8,
-                          examples=lambda *args: _examples(args, lambda D: ((3, 1, D), (D,), (7, D), (7,)), args[4] and 3., 1e-6))
+                          examples=lambda *args: _examples(args, lambda D: ((3, 1, D), (D,), (6, D), (6,)), args[4] and 3., 1e-6))
 
 def add_and_norm(
     norm, # a module

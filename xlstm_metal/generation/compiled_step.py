@@ -118,20 +118,21 @@ class Merged:
     """
     def __init__(self, layers: tuple): # in order
         self.whole, self.last = copy(layers[0]), (None, None)
-        ends = np.cumsum([len(m.weight) for m in layers]).tolist()
-        self.pieces = {id(m): slice(a, b) for m, a, b in zip(layers, [0, *ends], ends)}
+        self.place = {id(m): j for j, m in enumerate(layers)}
+        self.ends = np.cumsum([len(m.weight) for m in layers[:-1]]).tolist()
         for name in layers[0] if len(layers) > 1 else ():
             w = self.whole[name] = mx.concatenate([m[name] for m in layers])
-            for m in layers: m[name] = w[self.pieces[id(m)]]
+            for m, piece in zip(layers, mx.split(w, self.ends)): m[name] = piece
             mx.eval(w, [m[name] for m in layers])
         if isinstance(self.whole, nn.Linear): # else a node in each step
-            self.transposed = self.whole.weight.T[None] # for a matrix MLX would reshape x (1, 1, D), and then the result
+            self.transposed = self.whole.weight.T[None] # for a matrix MLX would reshape x, and then the result
             mx.eval(self.transposed)
 
     def _product(self, x):
+        if x.ndim == 3 and x.shape[1] == 1 < len(x): return self._product(x.swapaxes(0, 1)).swapaxes(0, 1) # texts are rows: else there is a product for each
         if not isinstance(self.whole, nn.Linear) or x.ndim < 3: return self.whole(x)
-        y = x @ self.transposed # a bias is fused with what follows; `addmm` of one row takes three times as long on CUDA
-        return y + self.whole.bias if "bias" in self.whole else y
+        y = x @ self.transposed # `addmm` of one row takes three times as long on CUDA
+        return y + self.whole.bias if "bias" in self.whole else y # fused with what follows
 
     def __call__(self, layer, x): # layer: one of those; x: as for the layer
         """
@@ -139,9 +140,10 @@ class Merged:
             layer: one of those
             x: as for the layer
         """
-        last = self.last
-        if last[0] is not x: last = self.last = x, self._product(x)
-        return last[1] if len(self.pieces) == 1 else last[1][..., self.pieces[id(layer)]]
+        if self.last[0] is not x:
+            y = self._product(x)
+            self.last = x, mx.split(y, self.ends, -1) if self.ends else [y]
+        return self.last[1][self.place[id(layer)]]
 
 # %% ../../nbs/generation/57_compiled_step.ipynb #3b9bca7a
 def merge_linear(model: nn.Module) -> dict: # model: weights become views; returns id of a layer -> `Merged`
@@ -184,8 +186,8 @@ class NormedGates:
             norm: whose place this takes
             x: (..., D) -> (..., D)
         """
-        z, gates = rms_norm_gates(x, norm.weight, self.whole.weight, self.whole.bias, self.layer.gate_soft_cap, norm.eps)
-        self.last = z, tuple(mx.split(gates, 2, -1))
+        z, *gates = rms_norm_gates(x, norm.weight, self.whole.weight, self.whole.bias, self.layer.gate_soft_cap, norm.eps)
+        self.last = z, gates
         return z
 
     def gates(self, x: mx.array) -> tuple: # x: (B, S, D); as the layer's method
@@ -313,8 +315,7 @@ class CompiledStep:
             model = root()
             cache = model.make_cache()
             for slot, a in zip(cache, arrays): slot.cache = a
-            one = merged if len(ids) == 1 else {} # of several rows, the pieces would be copies
-            with merged_linear(model, one), with_normed_gates(gated), only_forward(): logits = model(ids, cache)
+            with merged_linear(model, merged), with_normed_gates(gated), only_forward(): logits = model(ids, cache)
             return logits, [slot.cache for slot in cache]
         self.function, self.watch = mx.compile(step), Watch(model)
 

@@ -127,7 +127,7 @@ class Observer:
 _early = ContextVar("early", default=None)
 
 @contextmanager
-def early_blocks(ahead: int = 4): # blocks that are recorded and not computed yet, at most: each of them needs memory
+def early_blocks(ahead: int = 2): # blocks that are recorded and not computed yet, at most: each of them needs memory
     """Inside a `with`, blocks are computed while the next ones are recorded; not for gradients, nor for `mx.compile`.
 
     Args:
