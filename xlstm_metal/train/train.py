@@ -19,6 +19,7 @@ from ..blocks.block import and_reset
 from ..generation.compiled_step import drops_out, same_inputs
 from ..metal import backend
 from ..model.model import Model
+from .distributed import averaged
 from .training_kernels import adamw, capped_cross_entropy, joint_linear, squares
 
 # %% ../../nbs/train/71_train.ipynb #6e961b3c
@@ -215,6 +216,7 @@ def train_step(
     optimizer: optim.Optimizer, # begins anew
     max_norm: float = 0.5, # of the gradient
     recompute: bool = False, # run blocks again for the gradient: less memory, a third more time
+    group: mx.distributed.Group | None = None, # of machines that train as one, each with rows of its own
 ): # ids (B, S) -> loss, a scalar that is still being computed
     """A step of training as a function.
 
@@ -223,6 +225,7 @@ def train_step(
         optimizer: begins anew
         max_norm: of the gradient
         recompute: run blocks again for the gradient: less memory, a third more time
+        group: of machines that train as one, each with rows of its own
 
     Returns:
         ids (B, S) -> loss, a scalar that is still being computed
@@ -238,6 +241,7 @@ def train_step(
     def step(ids, settings):
         for o, s in zip(ours, settings): o.settings = s
         loss, g = grad(ids)
+        if group is not None: loss, g = averaged(loss, g, mx.array(ids.size), group)
         update_clipped(model, optimizer, g, max_norm)
         return loss
     def started(ids):
