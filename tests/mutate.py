@@ -126,7 +126,7 @@ def functions(): # name -> (f, arguments that choose types and constants)
         q, k, v, i, f, state = mlstm_args(S, **kw)
         return [(q, k, v, i, f, state), (*short((q, k, v)), i, f, state, mask(S))]
     def mask(S): return mx.ones((1, S), mx.bool_)
-    def slstm(S): return [slstm_args(S), (*slstm_args(S, DH=70), mask(S))]
+    def slstm(S): return [(*slstm_args(S), None, mask(S)), (*slstm_args(S, DH=70), mask(S))] # with resets, and with a mask
     def conv(K): return metal.samples((2, 9, 5), (5, 1, K), (5,), (2, K - 1, 5))
     def token(args, t=mx.float32): return [a if a.ndim == 2 or a.shape == (6,) else a.astype(t) for a in args] # gates stay in 32 bits
     h, o, w, b = metal.samples((1, 2, 5, 33), (1, 5, 66), (66,), (66,))
@@ -169,7 +169,7 @@ def wider(name, seed):
     if name.startswith("slstm"):
         S, DH = (1 if name == "slstm_step" else min(S, 30)), [DQK, DV + 70][seed % 2]
         state = None if seed % 4 == 0 else (r(B, NH, DH), r(B, NH, DH, scale=scale), 1 + mx.abs(r(B, NH, DH)), r(B, NH, DH, scale=scale))
-        return r(B, NH, S, 4, DH, scale=scale), r(NH, 4, DH, DH) / DH**.5, r(NH, 4, DH), state, None if mask is None else mask[:, :S]
+        return r(B, NH, S, 4, DH, scale=scale), r(NH, 4, DH, DH) / DH**.5, r(NH, 4, DH), state, None if mask is None else mask[:, :S], mx.array(rng.random((B, S)) < .3) if seed % 3 else None
     S = {"mlstm_step": 1, "_long": S + 16, "mlstm_long_chunks": S + 16}.get(name, 1 + S % 16)
     if name == "mlstm_step" and seed % 3 == 0: NH, DV = 64, 2 * DV
     state = None if seed % 4 == 0 else (r(B, NH, DQK, DV), r(B, NH, DQK), r(B, NH, 1, scale=5 * scale)[..., 0:1])
