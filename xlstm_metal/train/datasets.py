@@ -6,8 +6,8 @@
 __all__ = ['documents', 'TokenDataset', 'View', 'Preparation', 'prepare_in_background', 'Batch', 'Packed', 'packed',
            'batches_per_epoch']
 
-# %% ../../nbs/train/74_datasets.ipynb #be1c7288
-import fcntl, gzip, hashlib, json, os, shutil, warnings, zlib
+# %% ../../nbs/train/74_datasets.ipynb #3852b0bf
+import fcntl, gzip, hashlib, json, mmap, os, shutil, warnings, zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -216,7 +216,9 @@ def _stamp(sources: list[Path], suffixes) -> tuple[str, int]: # fingerprint, byt
 
 def _bos_of(tokenizer, bos: int | bool | None) -> int | None:
     own = tokenizer.bos_token_id
-    if bos is None: bos = own is not None and tokenizer.encode("a")[:1] == [own]
+    if bos is None: # what the tokenizer does by itself
+        plain = tokenizer.encode("a", add_special_tokens=False)
+        bos = own is not None and tokenizer.encode("a")[:len(plain) + 1] == [own, *plain]
     if bos is True and own is None: raise DataError("the tokenizer has no token for the beginning of a text (bos_token)")
     return own if bos is True else None if bos is False else bos
 
@@ -353,7 +355,9 @@ class TokenDataset:
         try:
             self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             if (self.meta["format"], self.meta["version"]) != (_format, _version): raise DataError(f"{folder} is not a token dataset of version {_version}")
-            self.tokens = np.memmap(folder / "tokens.bin", id_type(self.vocab_size), "r") # (N,)
+            with open(folder / "tokens.bin", "rb") as f: pages = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+            pages.madvise(mmap.MADV_RANDOM) # rows lie anywhere: reading ahead would read a hundred times as much
+            self.tokens = np.frombuffer(pages, id_type(self.vocab_size)) # (N,)
             self.offsets, self.sizes, self.held_out = (np.load(folder / f, mmap_mode="r") for f in _names[1:4])
             self.train, self.test = View(self, False), View(self, True)
             n = self.train.documents + self.test.documents
@@ -432,7 +436,7 @@ class View:
     def __len__(self): return self.documents
     def __getitem__(self, i: int) -> np.ndarray: # i: of a document; returns its ids (N,) uint16 or uint32
         n = self.index[i]
-        return np.asarray(self.dataset.tokens[self.dataset.offsets[n]:self.dataset.offsets[n + 1]])
+        return self.dataset.tokens[self.dataset.offsets[n]:self.dataset.offsets[n + 1]]
 
     def summary(self) -> str: # as "12 documents of 3,456 tokens, 7.8 kB"
         """
@@ -550,11 +554,12 @@ class Packed:
     def __next__(self) -> Batch:
         epoch, k = divmod(self.position, self.per_epoch)
         if epoch != self._epoch: self._shuffle(epoch)
-        lanes = np.arange(self.batch)
-        row = lanes * self.per_epoch + k if self.carry else self._rows[k * self.batch + lanes]
-        at = row[:, None] * self.length + np.arange(self.length + 1) # in the stream
-        mask = at < self.view.tokens
-        at = np.minimum(at, self.view.tokens - 1)
+        b, T = np.arange(self.batch)[:, None], self.view.tokens
+        n = -(-(T - 1) // self.batch) # tokens predicted in a lane
+        first = b * n + k * self.length if self.carry else self._rows[k * self.batch + b] * self.length
+        at = first + np.arange(self.length + 1) # in the stream
+        mask = at <= (np.minimum(b * n + n, T - 1) if self.carry else T - 1)
+        at = np.minimum(at, T - 1)
         document = np.searchsorted(self._begins, at, "right") - 1
         ids = np.where(mask, self.view.dataset.tokens[at + self._shift[document]], self.view.dataset.eos).astype(np.int32)
         reset = (at == self._begins[document]) & mask
