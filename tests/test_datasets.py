@@ -273,7 +273,7 @@ from runpy import run_path
 numbers = run_path({test!r})["numbers"]
 from xlstm_metal.train.datasets import TokenDataset
 print("begins", flush=True)
-for n in range(10**6): TokenDataset.prepare({source!r}, numbers(1000), {out!r}, bos=10 + n % 900)
+for n in range(10**6): TokenDataset.prepare({source!r}, numbers(1000), {out!r}, bos=100 + n % 900)
 """
 
 
@@ -293,11 +293,11 @@ def test_killed_at_any_moment(tmp_path, toy):
         if out.exists():
             data = TokenDataset(out)
             n = np.diff(data.offsets)
-            assert n.tolist() == [3 * (i % 50 + 1) + 1 + (data.bos is not None) for i in range(3000)]
-            assert (data.tokens[data.offsets[:-1]] == (data.bos or 1)).all() and (data.tokens[data.offsets[1:] - 1] == 0).all()
+            assert n.tolist() == [3 * (i % 50 + 1) + 2 for i in range(3000)]
+            assert (data.tokens[data.offsets[:-1]] == data.bos).all() and (data.tokens[data.offsets[1:] - 1] == 0).all()
         if rng.random() < .5:
-            again = TokenDataset.prepare(source, toy, out, bos=False)
-            assert again.tokens.size == 3000 * 1 + 3 * sum(i % 50 + 1 for i in range(3000))
+            again = TokenDataset.prepare(source, toy, out, bos=5 + len(states)) # not one that is there
+            assert again.tokens.size == 3000 * 2 + 3 * sum(i % 50 + 1 for i in range(3000))
             assert {f.name for f in tmp_path.iterdir()} == {"out", "rows.jsonl"}
     print(states)
     assert any("out.partial" in s for s in states)
