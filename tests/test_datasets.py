@@ -150,10 +150,11 @@ def test_a_folder_says_what_it_left_out_once(tmp_path):
     for name in ("a/1.txt", "a/.cache/x", "b/2.txt", "b/.hidden"): (tmp_path / name).parent.mkdir(parents=True, exist_ok=True), (tmp_path / name).write_text("1")
     (tmp_path / "nul.txt").write_bytes(b"1" * 9000 + b"\0")
     (tmp_path / "gone").symlink_to(tmp_path / "nothing")
+    (tmp_path / "link").symlink_to(tmp_path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert [n for n, _ in documents(tmp_path)] == ["a/1.txt", "b/2.txt"]
-    assert [str(w.message) for w in caught] == [f"left out of {tmp_path}: 2 hidden, 1 not files, 1 not UTF-8 text"]
+    assert [str(w.message) for w in caught] == [f"left out of {tmp_path}: 2 hidden, 1 links to folders, 1 not files, 1 not UTF-8 text"]
 
 
 # --- what is prepared
@@ -288,7 +289,7 @@ def test_killed_at_any_moment(tmp_path, toy):
         p.send_signal(signal.SIGKILL)
         p.wait()
         beside = {f.name for f in tmp_path.iterdir()} - {"rows.jsonl"}
-        assert beside <= {"out", "out.partial", "out.old"}
+        assert beside <= {"out", ".out.partial", ".out.replaced"}
         states.append(" ".join(sorted(beside)))
         if out.exists():
             data = TokenDataset(out)
@@ -300,7 +301,7 @@ def test_killed_at_any_moment(tmp_path, toy):
             assert again.tokens.size == 3000 * 2 + 3 * sum(i % 50 + 1 for i in range(3000))
             assert {f.name for f in tmp_path.iterdir()} == {"out", "rows.jsonl"}
     print(states)
-    assert any("out.partial" in s for s in states)
+    assert any(".out.partial" in s for s in states)
 
 
 def test_two_at_the_same_time(tmp_path, toy, monkeypatch):

@@ -43,7 +43,9 @@ def _text_of(row: dict, where: str, field: str | None, tokenizer) -> str:
         raise DataError(f"{where} holds messages, and {'the tokenizer has no chat template' if tokenizer else 'there is no tokenizer'} to make a text of them")
     try: return tokenizer.apply_chat_template(value, tokenize=False)
     except Exception as e: # a template raises of every kind
-        raise DataError(f"{where}: the chat template refuses these messages ({e})") from e
+        raise DataError(f"{where}: the chat template refuses these messages ({_why(e)})") from e
+
+def _why(e: Exception) -> str: return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 # %% ../../nbs/train/74_datasets.ipynb #a674d2fe
 _json = ".jsonl", ".json", ".jsonl.gz", ".json.gz"
@@ -77,6 +79,7 @@ def _files(folder: Path, suffixes, skipped: Counter): # yields files; skipped: o
             some.sort()
             skipped["hidden"] += sum(s.startswith(".") for s in some)
             some[:] = [s for s in some if not s.startswith(".")]
+        skipped["links to folders"] += sum(os.path.islink(Path(here, s)) for s in folders) # they could lead in circles
         for f in (Path(here, s) for s in names if suffixes is None or s.endswith(tuple(suffixes))):
             if f.is_file(): yield f
             else: skipped["not files"] += 1
@@ -110,7 +113,7 @@ def _rows(folder: Path, field: str | None, tokenizer): # yields a document for e
     try: from datasets import load_from_disk
     except ImportError as e: raise DataError(f"{folder} is a Hugging Face dataset, and the library that reads it is not installed: pip install datasets") from e
     try: table = load_from_disk(str(folder))
-    except Exception as e: raise DataError(f"{folder} cannot be read as a Hugging Face dataset ({e})") from e
+    except Exception as e: raise DataError(f"{folder} cannot be read as a Hugging Face dataset ({_why(e)})") from e
     if isinstance(table, dict):
         if len(table) != 1: raise DataError(f"{folder} has several splits: name the folder of one of them ({', '.join(table)})")
         [table] = table.values()
@@ -259,8 +262,9 @@ class _Task: # what is to be prepared
             yield from docs
             return
         [d] = first # its end is held out
-        at = max(1, len(d.text) - max(1, len(d.text) // self.one_in))
-        at = d.text.rfind("\n", at // 2, at) + 1 or at
+        n = max(1, len(d.text) // self.one_in)
+        at = len(d.text) - n
+        at = d.text.rfind("\n", at - n // 2, at) + 1 or at # at the start of a line, if there is one
         yield d._replace(text=d.text[:at], size=0, held=False)
         yield d._replace(text=d.text[at:], name=f"{d.name} (end)", held=True)
 
@@ -320,7 +324,7 @@ def _found(task: _Task):
 
 def _prepare(task: _Task, progress):
     if found := _found(task): return found
-    new, old = (task.folder.with_name(task.folder.name + s) for s in (".partial", ".old"))
+    new, old = (task.folder.with_name(f".{task.folder.name}.{s}") for s in ("partial", "replaced"))
     try:
         with _alone(new):
             if found := _found(task): # made by another while this one waited
@@ -358,7 +362,7 @@ class TokenDataset:
             with open(folder / "tokens.bin", "rb") as f: pages = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
             pages.madvise(mmap.MADV_RANDOM) # rows lie anywhere: reading ahead would read a hundred times as much
             self.tokens = np.frombuffer(pages, id_type(self.vocab_size)) # (N,)
-            self.offsets, self.sizes, self.held_out = (np.load(folder / f, mmap_mode="r") for f in _names[1:4])
+            self.offsets, self.sizes, self.held_out = (np.asarray(np.load(folder / f, mmap_mode="r")) for f in _names[1:4])
             self.train, self.test = View(self, False), View(self, True)
             n = self.train.documents + self.test.documents
             whole = len(self.offsets) - 1 == len(self.sizes) == len(self.held_out) == n and len(self.tokens) == self.offsets[-1] == self.train.tokens + self.test.tokens
@@ -368,13 +372,21 @@ class TokenDataset:
         if not whole: raise DataError(f"{folder} is damaged: its files do not fit together")
 
     @property
-    def vocab_size(self) -> int: return self.meta["vocab_size"] # ids are below it
+    def vocab_size(self) -> int: # ids are below it
+        "ids are below it"
+        return self.meta["vocab_size"]
     @property
-    def fingerprint(self) -> str: return self.meta["fingerprint"] # of sources, tokenizer and options
+    def fingerprint(self) -> str: # of sources, tokenizer and options
+        "of sources, tokenizer and options"
+        return self.meta["fingerprint"]
     @property
-    def eos(self) -> int: return self.meta["eos"] # behind each document
+    def eos(self) -> int: # id behind each document
+        "id behind each document"
+        return self.meta["eos"]
     @property
-    def bos(self) -> int | None: return self.meta["bos"] # in front of each document; None: nothing
+    def bos(self) -> int | None: # id in front of each document; None: nothing
+        "id in front of each document; None: nothing"
+        return self.meta["bos"]
 
     def __repr__(self): return f"TokenDataset({self.train.summary()} to train on, {self.test.summary()} held out)"
 
@@ -420,13 +432,21 @@ class View:
         self.documents, self.tokens, self.bytes = dataset.meta["test" if test else "train"]
 
     @cached_property
-    def index(self) -> np.ndarray: return np.flatnonzero(np.asarray(self.dataset.held_out) == self.test) # (documents,) int64, which of the dataset's they are
+    def index(self) -> np.ndarray: # (documents,) int64, which of the dataset's they are
+        "(documents,) int64, which of the dataset's they are"
+        return np.flatnonzero(self.dataset.held_out == self.test)
     @property
-    def starts(self) -> np.ndarray: return self.dataset.offsets[self.index] # (documents,) int64, in the dataset's tokens
+    def starts(self) -> np.ndarray: # (documents,) int64, places in the dataset's tokens
+        "(documents,) int64, places in the dataset's tokens"
+        return self.dataset.offsets[self.index]
     @property
-    def lengths(self) -> np.ndarray: return self.dataset.offsets[self.index + 1] - self.starts # (documents,) int64, tokens of each
+    def lengths(self) -> np.ndarray: # (documents,) int64, tokens of each
+        "(documents,) int64, tokens of each"
+        return self.dataset.offsets[self.index + 1] - self.starts
     @property
-    def sizes(self) -> np.ndarray: return self.dataset.sizes[self.index] # (documents,) int64, bytes of each
+    def sizes(self) -> np.ndarray: # (documents,) int64, bytes of each
+        "(documents,) int64, bytes of each"
+        return self.dataset.sizes[self.index]
     @property
     def names(self) -> list[str]: # of the documents
         "of the documents"
