@@ -251,6 +251,8 @@ class _Task: # what is to be prepared
     def check_folder(self):
         inside = [s for s in self.sources if s.is_dir() and self.folder.is_relative_to(s)]
         if inside: raise DataError(f"{self.folder} is inside of {inside[0]}, which is read")
+        near = next(p for p in self.folder.parents if p.exists())
+        if not near.is_dir(): raise DataError(f"{self.folder} cannot be written: {near} is not a folder")
         if self.folder.exists() and (not self.folder.is_dir() or (other := sorted({f.name for f in self.folder.iterdir()} - {*_names}))):
             raise DataError(f"{self.folder} is not overwritten: it is no token dataset" + (f", it holds {other[0]}" if self.folder.is_dir() else ""))
 
@@ -301,9 +303,10 @@ def _both_sides(held: np.ndarray, names: Path) -> np.ndarray: # with a document 
 # %% ../../nbs/train/74_datasets.ipynb #d0f7bf90
 @contextmanager
 def _alone(new: Path): # yields when no other process writes there; it is empty then
+    new.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        new.mkdir(parents=True, exist_ok=True)
-        try: lock = os.open(new, os.O_RDONLY)
+        with suppress(FileExistsError): new.mkdir()
+        try: lock = os.open(new, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError: continue
         with suppress(OSError): fcntl.flock(lock, fcntl.LOCK_EX) # some network file systems have no locks
         with suppress(FileNotFoundError):
@@ -347,6 +350,13 @@ def _shown(progress, total: int): # gives a function of the bytes read so far
     from tqdm.auto import tqdm
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising") as bar: yield lambda n: bar.update(n - bar.n)
 
+# %% ../../nbs/train/74_datasets.ipynb #e1b53907
+def _mapped(file: Path, kind) -> np.ndarray: # what `np.save` has written
+    # np.load parses a Python literal, at which Python 3.11 fails if another thread parses too
+    with open(file, "rb") as f: head = f.read(10)
+    if head[:8] != b"\x93NUMPY\x01\x00": raise ValueError(f"{file.name} is not a file of NumPy's")
+    return np.asarray(np.memmap(file, kind, "r", 10 + int.from_bytes(head[8:], "little")))
+
 # %% ../../nbs/train/74_datasets.ipynb #9489eac7
 class TokenDataset:
     """Token ids of documents, in files that are mapped into memory.
@@ -362,7 +372,7 @@ class TokenDataset:
             with open(folder / "tokens.bin", "rb") as f: pages = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
             pages.madvise(mmap.MADV_RANDOM) # rows lie anywhere: reading ahead would read a hundred times as much
             self.tokens = np.frombuffer(pages, id_type(self.vocab_size)) # (N,)
-            self.offsets, self.sizes, self.held_out = (np.asarray(np.load(folder / f, mmap_mode="r")) for f in _names[1:4])
+            self.offsets, self.sizes, self.held_out = (_mapped(folder / f, kind) for f, kind in zip(_names[1:4], (np.int64, np.int64, bool)))
             self.train, self.test = View(self, False), View(self, True)
             n = self.train.documents + self.test.documents
             whole = len(self.offsets) - 1 == len(self.sizes) == len(self.held_out) == n and len(self.tokens) == self.offsets[-1] == self.train.tokens + self.test.tokens
