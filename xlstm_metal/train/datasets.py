@@ -171,7 +171,8 @@ def documents(
 # %% ../../nbs/train/74_datasets.ipynb #75bf780a
 def _fast_of(tokenizer): # a `tokenizers.Tokenizer` of our own, without limits of length
     from tokenizers import Tokenizer
-    if getattr(tokenizer, "backend_tokenizer", None) is None: raise DataError(f"{type(tokenizer).__name__} is not one of Hugging Face's fast tokenizers (tokenizer.json)")
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise DataError(f"{type(tokenizer).__name__} is not one of Hugging Face's fast tokenizers (tokenizer.json)")
     fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     fast.no_padding()
     fast.no_truncation()
@@ -289,7 +290,8 @@ def _write(task: _Task, new: Path, show):
             show(done := done + d.size)
     held = _both_sides(np.array(held, bool), new / "names.txt") if task.one_in else np.array(held, bool)
     for name, a in dict(documents=ends, bytes=sizes, held_out=held).items(): np.save(new / f"{name}.npy", np.asarray(a))
-    counts = {part: [int(x[held == test].sum()) for x in (np.ones_like(held, int), np.diff(ends), np.asarray(sizes))] for part, test in dict(train=False, test=True).items()}
+    each = np.ones_like(held, int), np.diff(ends), np.asarray(sizes) # documents, tokens, bytes
+    counts = {part: [int(x[held == test].sum()) for x in each] for part, test in dict(train=False, test=True).items()}
     (new / "meta.json").write_text(json.dumps(task.meta | counts, indent=1) + "\n")
     for name in _names:
         with open(new / name, "rb") as f: os.fsync(f.fileno())
@@ -374,8 +376,8 @@ class TokenDataset:
             self.tokens = np.frombuffer(pages, id_type(self.vocab_size)) # (N,)
             self.offsets, self.sizes, self.held_out = (_mapped(folder / f, kind) for f, kind in zip(_names[1:4], (np.int64, np.int64, bool)))
             self.train, self.test = View(self, False), View(self, True)
-            n = self.train.documents + self.test.documents
-            whole = len(self.offsets) - 1 == len(self.sizes) == len(self.held_out) == n and len(self.tokens) == self.offsets[-1] == self.train.tokens + self.test.tokens
+            n, tokens = (getattr(self.train, of) + getattr(self.test, of) for of in ("documents", "tokens"))
+            whole = len(self.offsets) - 1 == len(self.sizes) == len(self.held_out) == n and len(self.tokens) == self.offsets[-1] == tokens
         except FileNotFoundError as e: raise DataError(f"{folder} is not a token dataset: there is no file {Path(e.filename).name}") from e
         except DataError: raise
         except (OSError, ValueError, KeyError, TypeError, EOFError) as e: raise DataError(f"{folder} is damaged ({e})") from e
@@ -414,7 +416,8 @@ class TokenDataset:
     ) -> "TokenDataset":
         """Tokenise documents, if that was not done before. Raises `DataError`.
 
-        A document is held out by the hash of its name; if there are several, each side has one. Of a single document the last part is held out, as a document of its own.
+        A document is held out by the hash of its name; if there are several, each side has one at least.
+        Of a single document the last part is held out (5 %, or whatever `held_out` says), as a document of its own.
 
         Args:
             sources: one or several, as for `documents`
