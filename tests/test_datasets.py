@@ -341,7 +341,7 @@ def test_ten_thousand_tiny_documents(tmp_path, toy):
 
 def test_a_long_document_is_tokenised_in_parts(tmp_path):
     import xlstm_metal as xm
-    tokenizer, text = xm.load()[1], "".join(corpus().values())[:2_500_000]
+    tokenizer, text = xm.load()[1], "# größer 日本\n" + "".join(corpus().values())[:2_500_000]
     (f := tmp_path / "long.txt").write_bytes(text.encode())
     data = TokenDataset.prepare(f, tokenizer, tmp_path / "out", held_out=0)
     assert data.train[0].tolist() == [*tokenizer.encode(text, add_special_tokens=False), 0]
