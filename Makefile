@@ -38,7 +38,7 @@ openblas:       ## OpenBLAS, which test and docs use, where there is none (Debia
 
 parity: .venv-parity/run ## live against transformers and NX-AI's package
 	.venv-parity/bin/python tests/parity.py
-	MLX_DISABLE_COMPILE=1 .venv-parity/bin/python -m pytest tests/test_convert.py
+	MLX_DISABLE_COMPILE=1 .venv-parity/bin/python -m pytest tests/test_convert.py tests/test_torch_training.py
 
 docs: .venv/dev build/npm/node_modules/katex ## the site, in build/docs
 	rm -rf build/docs-src build/docs
