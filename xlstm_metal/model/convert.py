@@ -209,6 +209,13 @@ def _write_settings(folder: Path, c: xLSTMConfig, weights: dict, to: str = "hf",
         own = {k: v for k, v in d.items() if (k in _upstream if c.layout.name == "large" else k != "model_type")} # all that it may say
         (folder / "config.yaml").write_text(yaml.safe_dump(own, sort_keys=False))
 
+# %% ../../nbs/model/47_convert.ipynb #ec4dc867
+def _check_classes(model: Model, again: Model): # again: what `load` will make of the folder
+    inside = dict(again.named_modules())
+    for path, m in model.named_modules():
+        if (other := inside.get(path)) is None or type(m) is type(other): continue
+        raise CheckpointError(f"{path} is a {type(m).__name__}, and a checkpoint would be loaded with {type(other).__name__} there: register a kind of block that has it (`block`)")
+
 # %% ../../nbs/model/47_convert.ipynb #990e9352
 def save(
     model: Model, # from `load`, or made here
@@ -230,7 +237,7 @@ def save(
     settings = model.args.to_dict()
     headers = {n: Tensor("memory", w.shape, "F32") for n, w in weights.items()}
     check_structure(headers, c := xLSTMConfig.from_dict(settings), "the configuration")
-    build(c, headers)
+    _check_classes(model, build(c, headers))
     with atomic_dir(out) as new:
         write_shards(new, weights, "hf")
         _write_settings(new, model.args, weights)

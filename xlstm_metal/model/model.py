@@ -203,12 +203,12 @@ class Model(nn.Module):
         return self.head(self.hidden(inputs, cache, mask, input_embeddings, reset))
 
     def shard(self, group: mx.distributed.Group | None = None): # group: of machines; None: all that were launched
-        """Keep this machine's share of each block, as `xlstm_metal.train.distributed.shard` says.
+        """Keep this machine's share of each block, as `xlstm_metal.blocks.shares.shard` says.
 
         Args:
             group: of machines; None: all that were launched
         """
-        from xlstm_metal.train.distributed import shard
+        from xlstm_metal.blocks.shares import shard
         shard(self, group)
 
     def sanitize(self, weights: dict) -> dict: # weights: name -> array, as a checkpoint has them; with the names of this model

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['lm_loss', 'predicted', 'init_weights', 'AdamW', 'make_optimizer', 'recomputed', 'our_optimizers', 'update_clipped',
-           'train_step', 'fit', 'bits_per_byte']
+           'averaged', 'train_step', 'fit', 'bits_per_byte']
 
 # %% ../../nbs/train/71_train.ipynb #64b98b08
 import math
@@ -14,12 +14,11 @@ from inspect import signature
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from ..blocks.block import and_reset
 from ..generation.compiled_step import drops_out, same_inputs
 from ..metal import backend
 from ..model.model import Model
-from .distributed import averaged
 from .training_kernels import adamw, capped_cross_entropy, joint_linear, squares
 
 # %% ../../nbs/train/71_train.ipynb #6e961b3c
@@ -222,6 +221,26 @@ def update_clipped(
         factor = mx.minimum(1, max_norm / (mx.sqrt(total) + 1e-6))
         gradients = tree_map(lambda g: (factor * g).astype(g.dtype), gradients)
     optimizer.update(model, gradients)
+
+# %% ../../nbs/train/71_train.ipynb #088bca0a
+def averaged(
+    loss: mx.array, gradients: dict, # of this machine: the mean over its tokens, and its gradients
+    tokens: mx.array, # how many these were
+    group: mx.distributed.Group, # of machines
+) -> tuple[mx.array, dict]: # of all machines: the mean over all tokens
+    """Loss and gradients as if one machine had all rows.
+
+    Args:
+        loss, gradients: of this machine: the mean over its tokens, and its gradients
+        tokens: how many these were
+        group: of machines
+
+    Returns:
+        of all machines: the mean over all tokens
+    """
+    share = tokens / mx.distributed.all_sum(tokens.astype(mx.float32), group=group)
+    gradients = tree_unflatten([(name, g * share.astype(g.dtype) * group.size()) for name, g in tree_flatten(gradients)])
+    return mx.distributed.all_sum(loss * share, group=group), nn.average_gradients(gradients, group)
 
 # %% ../../nbs/train/71_train.ipynb #dcfefd84
 def train_step(
