@@ -9,7 +9,7 @@ __all__ = ['TrainError', 'DataSettings', 'ModelSettings', 'StepSettings', 'RunSe
 
 # %% ../../nbs/train/75_trainer.ipynb #t7500002
 import fcntl, json, math, os, re, shutil, signal, sys, threading, time, tomllib, typing, warnings, zlib
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import partial
@@ -650,9 +650,9 @@ def plot_log(
     Returns:
         a figure of matplotlib
     """
-    from matplotlib.figure import Figure
-    figure = Figure(figsize, layout="constrained")
-    for ax, key, label in zip(figure.subplots(1, 2), ("loss", "bits_per_byte"), ("loss, nats per token", "held out, bits per byte")):
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=figsize, layout="constrained")
+    for ax, key, label in zip(axes, ("loss", "bits_per_byte"), ("loss, nats per token", "held out, bits per byte")):
         found = [(line["step"], line[key]) for line in lines if key in line]
         ax.plot(*zip(*found) if found else ([], []), marker="." * (len(found) < 30))
         ax.set(xlabel="step", ylabel=label)
@@ -683,14 +683,18 @@ class _Display:
             display(area := Output())
             self.area = area
 
+    def close(self): self.bar.close()
+
     def show(self, line: dict):
         if "loss" in line and not self.bar.disable: self.bar.set_postfix_str(describe(line).partition(": ")[2])
         else: self.bar.write(describe(line), file=sys.stderr)
         if self.area is None: return
+        import matplotlib.pyplot as plt
         from IPython.display import display
         with self.area:
             self.area.clear_output(wait=True)
-            display(plot_log(self.log.read()))
+            display(figure := plot_log(self.log.read()))
+            plt.close(figure) # or the cell would show it once more
 
 # %% ../../nbs/train/75_trainer.ipynb #t7500054
 _libraries = {"wandb": "wandb", "tensorboard": "tensorboardX"} # what writes for each
@@ -699,17 +703,19 @@ def _check_tracker(name: str):
     if name not in _libraries: raise TrainError(f"log_to knows {', '.join(_libraries)}, not {name!r}")
     if find_spec(_libraries[name]) is None: raise TrainError(f"log_to asks for {name}: pip install {_libraries[name]}")
 
-def _trackers(config: TrainConfig) -> list: # functions of a line of the log
+def _trackers(config: TrainConfig, ends: ExitStack) -> list: # functions of a line of the log; ends: gets what is to be closed
     def numbers(line): return {k: v for k, v in line.items() if k != "step" and isinstance(v, (int, float))}
     def wandb():
         import wandb
         run = wandb.init(dir=config.out, name=Path(config.out).name, config=asdict(config), id=f"{zlib.crc32(str(Path(config.out).resolve()).encode()):08x}", resume="allow")
+        ends.callback(run.finish)
         return lambda line: run.log(numbers(line), step=line["step"])
     def tensorboard():
         from tensorboardX import SummaryWriter
-        writer = SummaryWriter(str(Path(config.out) / "tensorboard"))
+        writer = ends.enter_context(SummaryWriter(str(Path(config.out) / "tensorboard")))
         return lambda line: [writer.add_scalar(k, v, line["step"]) for k, v in numbers(line).items()]
-    return [dict(wandb=wandb, tensorboard=tensorboard)[name]() for name in config.log_to]
+    try: return [dict(wandb=wandb, tensorboard=tensorboard)[name]() for name in config.log_to]
+    except Exception as e: raise TrainError(f"log_to: {', '.join(config.log_to)} cannot begin ({e})") from e # they raise of every kind
 
 # %% ../../nbs/train/75_trainer.ipynb #t7500056
 def _own_tokenizer(config: TrainConfig, folder: Path):
@@ -757,23 +763,23 @@ class Run:
     ):
         from xlstm_metal.train.datasets import TokenDataset, packed
         self.out = _writable(Path(config.out).expanduser())
-        found, notes = newest_whole(self.out) or (None, {"step": 0, "tokens": 0, "best": None})
+        found, notes = newest_whole(self.out) or (None, {"step": 0, "tokens": 0, "position": 0, "best": None})
         dtype = config.dtype or (notes["config"]["dtype"] if found else str(as_dtype(None)).rpartition(".")[2])
         self.config = config = replace(config, dtype=dtype)
         if found: _check_same(config, notes, found)
         self.done, self.tokens, self.best = (notes[k] for k in ("step", "tokens", "best"))
         model, t = _begin(config, found)
-        self.tokenizer, self.bos = t, _bos(model, t)
+        self.tokenizer, self.bos, V = t, _bos(model, t), max(t.get_vocab().values()) + 1
+        if model and V > model.args.vocab_size: raise TrainError(f"the tokenizer has {V:,} ids, the model {config.model} only {model.args.vocab_size:,}")
         self.data = TokenDataset.prepare(config.data, t, held_out=config.held_out, bos=False if self.bos is None else self.bos, vocab_size=model and model.args.vocab_size,
                                          progress=_in_notebook() or sys.stderr.isatty())
-        if found and notes["data"] != self.data.fingerprint: raise TrainError(f"data: the text in {', '.join(config.data)} is not that of {found}: set it back, or choose another folder for out")
-        self.model = model or make_model(config, max(t.get_vocab().values()) + 1, force_bos_token_insert=self.bos is not None,
+        _check_text(config, self.data, notes, found)
+        self.model = model or make_model(config, V, force_bos_token_insert=self.bos is not None,
                                          bos_token_id=t.bos_token_id, eos_token_id=t.eos_token_id, pad_token_id=t.pad_token_id)
-        _check_fit(config, self.model, t, self.data)
         self.step, self.log = TrainingStep(self.model, config), Log(self.out / "log.jsonl")
         if found: _go_on(self.step, mx.load(str(found / "training.safetensors")))
         mx.eval(self.step.kept) # a file is read when its numbers are needed, and may be gone then
-        self.batches = packed(self.data.train, config.length, config.batch, config.seed, self.done * config.accumulate, config.carry)
+        self.batches = packed(self.data.train, config.length, config.batch, config.seed, notes["position"], config.carry)
 
     def __repr__(self):
         c = self.config
@@ -805,11 +811,14 @@ def _writable(out: Path) -> Path:
     if not os.access(out, os.W_OK): raise TrainError(f"out: {out} is read-only")
     return out
 
-def _check_fit(c: TrainConfig, model: Model, tokenizer, data):
-    ids, V = max(tokenizer.get_vocab().values()) + 1, model.args.vocab_size
-    if ids > V: raise TrainError(f"the tokenizer has {ids:,} ids, the model {c.model} only {V:,}")
+def _content(data) -> str: # of a `TokenDataset`: the same wherever its sources lie now
+    return "-".join(f"{_checksum(data.folder / f):08x}" for f in ("tokens.bin", "documents.npy", "held_out.npy"))
+
+def _check_text(c: TrainConfig, data, notes: dict, found: Path | None):
     if data.train.tokens <= c.length * c.batch:
         raise TrainError(f"the text for training has {data.train.tokens:,} tokens, less than a batch of {c.batch} rows of {c.length}: set batch or length lower")
+    if found and notes["data"] != _content(data):
+        raise TrainError(f"data: the text in {', '.join(c.data)} is not that of {found}: set it back, or choose another folder for out")
 
 @contextmanager
 def _alone(out: Path):
@@ -850,7 +859,8 @@ class SavedRun(Run):
                 mx.save_safetensors(str(new / "training.safetensors"), _arrays(self.step))
                 with in_dtype(self.model, self.step.dtype): save_model(self.model, new / "model", self.tokenizer)
                 files = {str(f.relative_to(new)): (f.stat().st_size, _checksum(f)) for f in sorted(new.rglob("*")) if f.is_file()}
-                notes = dict(step=self.done, tokens=self.tokens, best=self.best, data=self.data.fingerprint, config=asdict(self.config), files=files)
+                notes = dict(step=self.done, tokens=self.tokens, position=self.batches.position, best=self.best, data=_content(self.data),
+                             config=asdict(self.config) | {"data": [str(Path(d).expanduser().absolute()) for d in self.config.data]}, files=files)
                 (new / "training.json").write_text(json.dumps(notes, indent=1))
         except (OSError, RuntimeError, CheckpointError) as e:
             warnings.warn(f"{folder} could not be written ({getattr(e, 'strerror', None) or e}): earlier checkpoints are as they were, and training goes on until the next one is due")
@@ -918,10 +928,10 @@ class Trainer(SavedRun):
             steps: further ones; None: to the end of the schedule
         """
         last = self.config.steps if steps is None else min(self.config.steps, self.done + steps)
-        with _alone(self.out), _own_random(self.step), _interrupts() as interrupts:
+        with _alone(self.out), _own_random(self.step), _interrupts() as interrupts, closing(_Display(self.log, self.done, last)) as display, ExitStack() as ends:
+            for f in self.out.glob("step-*.partial"): shutil.rmtree(f) # of a process that was killed
             self.log.cut(self.done)
-            display, self.clock = _Display(self.log, self.done, last), (time.perf_counter(), self.tokens)
-            readers = [self.log.write, display.show, *_trackers(self.config)]
+            self.clock, readers = (time.perf_counter(), self.tokens), [self.log.write, display.show, *_trackers(self.config, ends)]
             while self.done < last and not interrupts:
                 batches = list(islice(self.batches, self.config.accumulate))
                 self.step(batches, self.done + 1)
@@ -931,7 +941,6 @@ class Trainer(SavedRun):
                     for read in readers: read(line)
                     self.clock = time.perf_counter(), self.tokens
             kept = self.save()
-            display.bar.close()
         if interrupts: raise KeyboardInterrupt(f"stopped after step {self.done}; " + (f"it goes on with: xlstm-metal train {self.out}" if kept else "it could not be saved"))
         if kept is None: raise TrainError(f"step {self.done} could not be saved in {self.out}: make room and call save() again")
 
