@@ -7,7 +7,7 @@ for (uint t0 = 0; t0 < L; t0 += 32) {
     bool inside = t0 + lane < L;
     float own = inside ? i[token] : -1e9f, b_lane = 0.0f, top_lane = 0.0f;
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    forget[lane] = inside ? log_sigmoid(f[token]) : 0.0f;
+    forget[lane] = inside ? metal::max(log_sigmoid(f[token]), -100.0f) : 0.0f;
     input[lane] = own;
     simdgroup_barrier(mem_flags::mem_threadgroup);
     for (uint j = 0; j < 32; j++) {

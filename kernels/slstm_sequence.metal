@@ -25,7 +25,13 @@ bool first = is_empty[row];
 
 for (uint s = 0; s < S; s++) {
     uint token = (row * NH + head) * S + s;
-    if (mask[row * S + s]) {
+    uint mark = marks[row * S + s];
+    if (mark == 2) { // a text begins
+        first = true;
+        c0 = n0 = m0 = 0.0f;
+        if (t < DH) hidden[t] = 0.0f;
+    }
+    if (mark > 0) {
         threadgroup_barrier(mem_flags::mem_threadgroup);
         for (uint p = 0; p < PER; p++) {
             uint j = p * THREADS + t;

@@ -19,7 +19,8 @@ if (t < DH) {
 
 for (uint back = 0; back < S; back++) {
     uint s = S - 1 - back, token = (row * NH + head) * S + s, at = token * DH + t;
-    bool inside = mask[row * S + s];
+    uint mark = marks[row * S + s];
+    bool inside = mark > 0, begins = mark == 2;
     if (t < DH) gy += dy[at];
     if (t < DH && inside) {
         float i = raw[token * 4 * DH + t], f = raw[token * 4 * DH + DH + t];
@@ -27,6 +28,7 @@ for (uint back = 0; back < S; back++) {
         float o = sigmoid(raw[token * 4 * DH + 3 * DH + t]);
         float c0 = s > 0 ? c[at - DH] : c_in[unit], n0 = s > 0 ? n[at - DH] : n_in[unit];
         float m0 = s > 0 ? m[at - DH] : m_in[unit];
+        if (begins) c0 = n0 = m0 = 0.0f;
         float log_f = log_sigmoid(f);
         float F = metal::exp(metal::min(log_f + m0 - m[at], 0.0f)), I = metal::exp(i - m[at]);
         float ratio = c[at] / n[at];
@@ -42,8 +44,8 @@ for (uint back = 0; back < S; back++) {
         dgates[DH + t] = gf / (1.0f + metal::exp(f));
         dgates[2 * DH + t] = gc * I * (1.0f - z * z);
         dgates[3 * DH + t] = gy * ratio * o * (1.0f - o);
-        gc *= F;
-        gn *= F;
+        gc *= begins ? 0.0f : F;
+        gn *= begins ? 0.0f : F;
     }
 
     if (inside) {
@@ -61,7 +63,7 @@ for (uint back = 0; back < S; back++) {
     for (uint j = t; j < 4 * DH; j += THREADS) dx[token * 4 * DH + j] = inside ? dgates[j] : 0.0f;
     if (inside) {
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        if (t < DH) gy = parts[t] + parts[DH + t] + parts[2 * DH + t] + parts[3 * DH + t];
+        if (t < DH) gy = begins ? 0.0f : parts[t] + parts[DH + t] + parts[2 * DH + t] + parts[3 * DH + t];
     }
 }
 if (t < DH) {

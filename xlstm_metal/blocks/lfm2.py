@@ -9,7 +9,7 @@ __all__ = ['rotate', 'Attention', 'ShortConv', 'OperatorBlock', 'AttentionBlock'
 import mlx.core as mx
 import mlx.nn as nn
 from ..cells.conv import DepthwiseConvWeights, causal_conv1d
-from .block import Block, block
+from .block import Block, and_reset, block
 from .ffn import GatedFFN, round_up
 from ..cells.norms import RMSNorm
 
@@ -64,12 +64,14 @@ class Attention(nn.Module):
         x: mx.array, # (B, S, D)
         state: tuple | None = None, # keys and values (B, kv_heads, T, D/num_heads), which are real (B, T) bool
         mask: mx.array | None = None, # (B, S) bool, False where a row is padded
+        reset: mx.array | None = None, # (B, S) bool, True where a text begins, which sees nothing before it
     ) -> tuple[mx.array, tuple]: # (B, S, D), new state
         """
         Args:
             x: (B, S, D)
             state: keys and values (B, kv_heads, T, D/num_heads), which are real (B, T) bool
             mask: (B, S) bool, False where a row is padded
+            reset: (B, S) bool, True where a text begins, which sees nothing before it
 
         Returns:
             (B, S, D), new state
@@ -80,11 +82,15 @@ class Attention(nn.Module):
         q, k, v = (a.swapaxes(1, 2) for a in (q, k, heads(self.v_proj(x), self.kv_heads)))
         real = mx.ones((B, S), mx.bool_) if mask is None else mask
         before = state[2].sum(1, keepdims=True) if state else 0
-        positions = before + real.cumsum(1) - 1
+        positions, begins = before + real.cumsum(1) - 1, None if reset is None else reset & real
+        if reset is not None: positions = positions - mx.cummax(mx.where(begins, positions, 0), axis=1) # of each text
         q, k = rotate(q, positions, self.rope_base), rotate(k, positions, self.rope_base)
         if state: k, v, real = (mx.concatenate(a, axis=ax) for a, ax in zip(zip(state, (k, v, real)), (2, 2, 1)))
         T = k.shape[2]
         sees = (mx.arange(T) <= mx.arange(T - S, T)[:, None]) & real[:, None, None]
+        if reset is not None:
+            text = mx.pad(begins.astype(mx.int32).cumsum(1), ((0, 0), (T - S, 0))) # the number of each token's text
+            sees, real = sees & (text[:, -S:, None] == text[:, None])[:, None], real & (text == text[:, -1:])
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1]**-.5, mask=sees)
         return self.out_proj(y.swapaxes(1, 2).reshape(B, S, D)), (k, v, real)
 
@@ -101,18 +107,19 @@ class ShortConv(nn.Module):
         self.in_proj, self.out_proj = nn.Linear(dims, 3 * dims, bias=False), nn.Linear(dims, dims, bias=False)
         self.conv = DepthwiseConvWeights(dims, kernel_size, bias=False)
 
-    def __call__(self, x, state=None, mask=None): # as for `Attention`; state: the last inputs of the convolution
+    def __call__(self, x, state=None, mask=None, reset=None): # as for `Attention`; state: the last inputs of the convolution
         """
         Args:
             x: (B, S, D)
             state: the last inputs of the convolution
             mask: (B, S) bool, False where a row is padded
+            reset: (B, S) bool, True where a text begins, which sees nothing before it
 
         Returns:
             (B, S, D), new state
         """
         gate, out_gate, x = mx.split(self.in_proj(x), 3, axis=-1)
-        y, last = causal_conv1d(gate * x, self.conv.weight, mx.zeros(x.shape[-1:]), state[0] if state else None, mask)
+        y, last = causal_conv1d(gate * x, self.conv.weight, mx.zeros(x.shape[-1:]), state[0] if state else None, mask, reset)
         return self.out_proj(out_gate * y), (last,)
 
 # %% ../../nbs/blocks/24_lfm2.ipynb #eeda409e
@@ -139,12 +146,18 @@ class OperatorBlock(Block):
         self.operator_norm, self.norm_ffn = RMSNorm(dims, norm_eps), RMSNorm(dims, norm_eps)
         self.ffn = GatedFFN(dims, ffn_dims)
 
-    def __call__(self, x, state=None, mask=None): # as for `Block`
+    def __call__(self, x, state=None, mask=None, reset=None): # as for `Attention`
         """
         Args:
-            x, state, mask: as for `Block`
+            x: (B, S, D)
+            state: keys and values (B, kv_heads, T, D/num_heads), which are real (B, T) bool
+            mask: (B, S) bool, False where a row is padded
+            reset: (B, S) bool, True where a text begins, which sees nothing before it
+
+        Returns:
+            (B, S, D), new state
         """
-        h, state = self[self.operator](self.operator_norm(x), state, mask)
+        h, state = self[self.operator](self.operator_norm(x), state, *and_reset(mask, reset))
         x = x + h
         return x + self.ffn(self.norm_ffn(x)), state
 

@@ -13,10 +13,10 @@ from ..numerics import log_sigmoid, soft_cap
 from ..cells.conv import Conv1dCell, HeadwiseLinear
 from ..cells.mlstm_gates import gate_maps
 from ..cells.norms import LayerNorm, RMSNorm, MultiHeadNorm, add_and_norm
-from ..cells.mlstm import mlstm_step_plain
+from ..cells.mlstm import forget_before, mlstm_step_plain
 from ..cells.mlstm_chunk_gradients import mlstm_chunkwise
 from ..cells.mlstm_step_kernel import mlstm_step
-from .block import Block, block, memory_sizes, rms
+from .block import Block, and_reset, block, memory_sizes, rms
 from .ffn import GatedFFN, round_up
 
 # %% ../../nbs/blocks/22_mlstm.ipynb #8f7a4b20
@@ -45,6 +45,7 @@ class mLSTMCell(nn.Module):
         i: mx.array, f: mx.array, # gate preactivations (B, NH, S), capped already
         state: tuple | None = None, # C (B,NH,DQK,DV), n (B,NH,DQK), m (B,NH,1); None is the empty state
         mask: mx.array | None = None, # (B, S) bool, False leaves the state as it was
+        reset: mx.array | None = None, # (B, S) bool, True where a text begins, for which the state is forgotten
     ) -> tuple[mx.array, tuple]: # h (B, NH, S, DV) float32, new state
         """
         Args:
@@ -52,10 +53,12 @@ class mLSTMCell(nn.Module):
             i, f: gate preactivations (B, NH, S), capped already
             state: C (B,NH,DQK,DV), n (B,NH,DQK), m (B,NH,1); None is the empty state
             mask: (B, S) bool, False leaves the state as it was
+            reset: (B, S) bool, True where a text begins, for which the state is forgotten
 
         Returns:
             h (B, NH, S, DV) float32, new state
         """
+        if reset is not None: f = forget_before(f, reset)
         if q.shape[2] == 1: return mlstm_step(q, k, v, i, f, state, mask, self.eps)
         return mlstm_chunkwise(q, k, v, i, f, state, mask, self.chunk_size, self.eps)
 
@@ -160,17 +163,19 @@ class mLSTMLayer(nn.Module):
         x: mx.array, # (B, S, D)
         state: tuple | None = None, # of the cell
         mask: mx.array | None = None, # (B, S) bool, False leaves the state as it was
+        reset: mx.array | None = None, # (B, S) bool, True where a text begins, for which the state is forgotten
     ) -> tuple[mx.array, tuple]: # (B, S, D), new state
         """
         Args:
             x: (B, S, D)
             state: of the cell
             mask: (B, S) bool, False leaves the state as it was
+            reset: (B, S) bool, True where a text begins, for which the state is forgotten
 
         Returns:
             (B, S, D), new state
         """
-        h, state = self.cell(*self.inputs(x), state, mask)
+        h, state = self.cell(*self.inputs(x), state, *and_reset(mask, reset))
         return self.outputs(h, x), state
 
 # %% ../../nbs/blocks/22_mlstm.ipynb #b22a0004
@@ -229,17 +234,18 @@ class mLSTMBlock(Block):
         self.norm_ffn = RMSNorm(dims, norm_eps, bias)
         self.ffn = GatedFFN(dims, ffn_dims, bias, act_fn)
 
-    def __call__(self, x, state=None, mask=None): # as for `mLSTMLayer`
+    def __call__(self, x, state=None, mask=None, reset=None): # as for `mLSTMLayer`
         """
         Args:
             x: (B, S, D)
             state: of the cell
             mask: (B, S) bool, False leaves the state as it was
+            reset: (B, S) bool, True where a text begins, for which the state is forgotten
 
         Returns:
             (B, S, D), new state
         """
-        h, state = self.mlstm_layer(self.norm_mlstm(x), state, mask)
+        h, state = self.mlstm_layer(self.norm_mlstm(x), state, *and_reset(mask, reset))
         x, y = add_and_norm(self.norm_ffn, x, h)
         return x + self.ffn(y), state
 
@@ -321,6 +327,7 @@ class mLSTMPreUpLayer(nn.Module):
         x: mx.array, # (B, S, D)
         conv_state: mx.array | None = None, # last inputs of the convolution
         mask: mx.array | None = None, # (B, S) bool
+        reset: mx.array | None = None, # (B, S) bool, True where a text begins
     ) -> tuple: # what the cell is given: q, k, v, i, f; what passes by: c, z (B, S, inner_dims); new state of the convolution
         """Projections, convolution and gates.
 
@@ -328,13 +335,14 @@ class mLSTMPreUpLayer(nn.Module):
             x: (B, S, D)
             conv_state: last inputs of the convolution
             mask: (B, S) bool
+            reset: (B, S) bool, True where a text begins
 
         Returns:
             what the cell is given: q, k, v, i, f; what passes by: c, z (B, S, inner_dims); new state of the convolution
         """
         B, S, _ = x.shape
         x, z = mx.split(self.proj_up(x), 2, axis=-1)
-        c, conv_state = self.conv1d(x, conv_state, mask)
+        c, conv_state = self.conv1d(x, conv_state, *and_reset(mask, reset))
         c = nn.silu(c)
         q, k, v = self.q_proj(c), self.k_proj(c), self.v_proj(x)
         gates = mx.concatenate([q, k, v], axis=-1).astype(mx.float32)
@@ -362,18 +370,20 @@ class mLSTMPreUpLayer(nn.Module):
         x: mx.array, # (B, S, D)
         state: tuple | None = None, # C, n, m of the cell, and the last inputs of the convolution
         mask: mx.array | None = None, # (B, S) bool, False leaves the state as it was
+        reset: mx.array | None = None, # (B, S) bool, True where a text begins, for which the state is forgotten
     ) -> tuple[mx.array, tuple]: # (B, S, D), new state
         """
         Args:
             x: (B, S, D)
             state: C, n, m of the cell, and the last inputs of the convolution
             mask: (B, S) bool, False leaves the state as it was
+            reset: (B, S) bool, True where a text begins, for which the state is forgotten
 
         Returns:
             (B, S, D), new state
         """
-        given, past, conv_state = self.inputs(x, state[3] if state else None, mask)
-        h, state = self.cell(*given, state[:3] if state else None, mask)
+        given, past, conv_state = self.inputs(x, state[3] if state else None, *and_reset(mask, reset))
+        h, state = self.cell(*given, state[:3] if state else None, *and_reset(mask, reset))
         return self.outputs(h, *past), (*state, conv_state)
 
 # %% ../../nbs/blocks/22_mlstm.ipynb #13502bdb
@@ -404,17 +414,18 @@ class mLSTMPreUpBlock(Block):
         self.xlstm_norm = LayerNorm(dims)
         self.xlstm = mLSTMPreUpLayer(dims, inner_dims, num_heads, qkv_size, kernel_size, bias, dropout, num_blocks, chunk_size)
 
-    def __call__(self, x, state=None, mask=None): # as for `mLSTMPreUpLayer`
+    def __call__(self, x, state=None, mask=None, reset=None): # as for `mLSTMPreUpLayer`
         """
         Args:
             x: (B, S, D)
             state: C, n, m of the cell, and the last inputs of the convolution
             mask: (B, S) bool, False leaves the state as it was
+            reset: (B, S) bool, True where a text begins, for which the state is forgotten
 
         Returns:
             (B, S, D), new state
         """
-        h, state = self.xlstm(self.xlstm_norm(x), state, mask)
+        h, state = self.xlstm(self.xlstm_norm(x), state, *and_reset(mask, reset))
         return x + h, state
 
     def trace(self, x, state=None, mask=None): # as for `Block`

@@ -12,7 +12,7 @@ from ..numerics import log_sigmoid
 from ..cells.conv import Conv1dCell, HeadwiseLinear
 from ..cells.norms import LayerNorm, MultiHeadNorm
 from ..cells.slstm import slstm_sequence, slstm_step_plain
-from .block import Block, block, memory_sizes, rms
+from .block import Block, and_reset, block, memory_sizes, rms
 from .ffn import FusedGatedFFN, round_up
 
 # %% ../../nbs/blocks/23_slstm.ipynb #e30c5fa2
@@ -58,17 +58,19 @@ class sLSTMCell(nn.Module):
         x: mx.array, # what the input says to the gates i, f, z, o (B, NH, S, 4, DH)
         state: tuple | None = None, # (y, c, n, m), each (B, NH, DH); None is the empty state
         mask: mx.array | None = None, # (B, S) bool, False leaves the state as it was
+        reset: mx.array | None = None, # (B, S) bool, True where a text begins, for which the state is forgotten
     ) -> tuple[mx.array, tuple]: # y (B, NH, S, DH) float32, new state
         """
         Args:
             x: what the input says to the gates i, f, z, o (B, NH, S, 4, DH)
             state: (y, c, n, m), each (B, NH, DH); None is the empty state
             mask: (B, S) bool, False leaves the state as it was
+            reset: (B, S) bool, True where a text begins, for which the state is forgotten
 
         Returns:
             y (B, NH, S, DH) float32, new state
         """
-        return slstm_sequence(x, *self.weights(), state, mask)
+        return slstm_sequence(x, *self.weights(), state, mask, reset)
 
     def weights(self) -> tuple[mx.array, mx.array]: # R (NH, 4, DH, DH), from output to gates; b (NH, 4, DH)
         """The recurrent weights and the biases, by head and gate.
@@ -112,6 +114,7 @@ class sLSTMLayer(nn.Module):
         x: mx.array, # (B, S, D)
         conv_state: mx.array | None = None, # last inputs of the convolution
         mask: mx.array | None = None, # (B, S) bool
+        reset: mx.array | None = None, # (B, S) bool, True where a text begins
     ) -> tuple[mx.array, tuple]: # gates i, f, z, o before the recurrent part (B, NH, S, 4, DH); new state of the convolution
         """Convolution and gate maps: what the cell is given.
 
@@ -119,6 +122,7 @@ class sLSTMLayer(nn.Module):
             x: (B, S, D)
             conv_state: last inputs of the convolution
             mask: (B, S) bool
+            reset: (B, S) bool, True where a text begins
 
         Returns:
             gates i, f, z, o before the recurrent part (B, NH, S, 4, DH); new state of the convolution
@@ -126,7 +130,7 @@ class sLSTMLayer(nn.Module):
         B, S, _ = x.shape
         c, conv = x, ()
         if "conv1d" in self:
-            c, *conv = self.conv1d(x, conv_state, mask)
+            c, *conv = self.conv1d(x, conv_state, *and_reset(mask, reset))
             c = nn.silu(c)
         gates = self.fgate(c), self.igate(c), self.zgate(x), self.ogate(x) # slots i, f, z, o
         gates = mx.stack([g.astype(mx.float32).reshape(B, S, self.num_heads, -1) for g in gates], axis=3)
@@ -136,18 +140,20 @@ class sLSTMLayer(nn.Module):
         x: mx.array, # (B, S, D)
         state: tuple | None = None, # y, c, n, m of the cell, and the last inputs of the convolution
         mask: mx.array | None = None, # (B, S) bool, False leaves the state as it was
+        reset: mx.array | None = None, # (B, S) bool, True where a text begins, for which the state is forgotten
     ) -> tuple[mx.array, tuple]: # (B, S, D), new state
         """
         Args:
             x: (B, S, D)
             state: y, c, n, m of the cell, and the last inputs of the convolution
             mask: (B, S) bool, False leaves the state as it was
+            reset: (B, S) bool, True where a text begins, for which the state is forgotten
 
         Returns:
             (B, S, D), new state
         """
-        gates, conv = self.inputs(x, state[-1] if state else None, mask)
-        y, state = self.slstm_cell(gates, state[:4] if state else None, mask)
+        gates, conv = self.inputs(x, state[-1] if state else None, *and_reset(mask, reset))
+        y, state = self.slstm_cell(gates, state[:4] if state else None, *and_reset(mask, reset))
         return self.group_norm(self.dropout(y), x.dtype), (*state, *conv)
 
 # %% ../../nbs/blocks/23_slstm.ipynb #b23a0008
@@ -217,17 +223,18 @@ class sLSTMBlock(Block):
         "y, c, n, m, and the last inputs of the convolution"
         return 4 + ("conv1d" in self.xlstm)
 
-    def __call__(self, x, state=None, mask=None): # as for `sLSTMLayer`
+    def __call__(self, x, state=None, mask=None, reset=None): # as for `sLSTMLayer`
         """
         Args:
             x: (B, S, D)
             state: y, c, n, m of the cell, and the last inputs of the convolution
             mask: (B, S) bool, False leaves the state as it was
+            reset: (B, S) bool, True where a text begins, for which the state is forgotten
 
         Returns:
             (B, S, D), new state
         """
-        h, state = self.xlstm(self.xlstm_norm(x), state, mask)
+        h, state = self.xlstm(self.xlstm_norm(x), state, *and_reset(mask, reset))
         x = x + h
         return x + self.ffn(self.ffn_norm(x)), state
 

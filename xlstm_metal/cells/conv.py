@@ -19,32 +19,48 @@ def _unmasked_plain(x, w, b, state):
     y = b + sum(w[:, 0, j] * z[:, j:j + S] for j in range(K))
     return y.astype(x.dtype), z[:, S:].astype(x.dtype)
 
+# %% ../../nbs/cells/17_conv.ipynb #f942beb8
+def _number_texts(reset, K): # reset (B, S) bool; returns (B, K - 1 + S): the memory belongs to text 0
+    return mx.pad(mx.cumsum(reset.astype(mx.int32), axis=1), ((0, 0), (K - 1, 0)))
+
+def _texts_plain(x, w, b, state, reset):
+    "`_unmasked_plain` for rows in which texts begin."
+    S, K = x.shape[1], w.shape[-1]
+    z, text = mx.concatenate([state, x], axis=1).astype(mx.float32), _number_texts(reset, K)[..., None]
+    y = b + sum(w[:, 0, j] * mx.where(text[:, j:j + S] == text[:, K - 1:], z[:, j:j + S], 0) for j in range(K))
+    return y.astype(x.dtype), mx.where(text[:, S:] == text[:, -1:], z[:, S:], 0).astype(x.dtype)
+
 # %% ../../nbs/cells/17_conv.ipynb #8b789289
-def _masked(conv, x, w, b, state, mask):
+def _masked(conv, x, w, b, state, mask, *reset): # reset: if `conv` takes it
     "A convolution over the positions that the mask keeps; zero elsewhere."
     (B, S, C), K = x.shape, w.shape[-1]
     count = mx.cumsum(mask.astype(mx.int32), axis=1)
     order = mx.argsort(mx.where(mask, 0, S) + mx.arange(S), axis=1)
     moved = mx.take_along_axis(x, order[..., None], axis=1)
-    y, _ = conv(moved, w, b, state)
+    reset = [mx.take_along_axis(r, order, axis=1) for r in reset]
+    y, _ = conv(moved, w, b, state, *reset)
     y = mx.take_along_axis(y, mx.maximum(count - 1, 0)[..., None], axis=1)
     last = count[:, -1:] + mx.arange(K - 1) # of the memory and the moved inputs in one row
     z = mx.concatenate([state, moved], axis=1)
     kept = mx.take_along_axis(z, last[..., None], axis=1)
+    for r in reset:
+        text = mx.take_along_axis(_number_texts(r, K), last, axis=1)
+        kept = mx.where((text == text[:, -1:])[..., None], kept, 0)
     return mx.where(mask[..., None], y, 0), kept
 
 # %% ../../nbs/cells/17_conv.ipynb #4141e246
-def _causal(conv, x, w, b, state, mask):
+def _causal(conv, x, w, b, state, mask, reset):
     "A convolution without a mask as one with a mask, an optional state and checks."
     (B, S, C), K = x.shape, w.shape[-1]
     if not S: raise ValueError("a convolution needs at least one token, got none")
     if w.shape != (C, 1, K) or K < 2:
         raise ValueError(f"weights must have the shape ({C}, 1, K) with K > 1, got {w.shape}")
     state = mx.zeros((B, K - 1, C), x.dtype) if state is None else state.astype(x.dtype)
-    if mask is None: return conv(x, w, b, state)
+    conv, reset = (conv, ()) if reset is None else (_texts_plain, (reset,))
+    if mask is None: return conv(x, w, b, state, *reset)
     x = mx.where(mask[..., None], x, 0) # what is not a number would reach the taps' gradient
-    if S > 1: return _masked(conv, x, w, b, state, mask)
-    y, kept = conv(x, w, b, state)
+    if S > 1: return _masked(conv, x, w, b, state, mask, *reset)
+    y, kept = conv(x, w, b, state, *reset)
     return mx.where(mask[..., None], y, 0), mx.where(mask[..., None], kept, state)
 
 def causal_conv1d_plain(
@@ -53,6 +69,7 @@ def causal_conv1d_plain(
     b: mx.array, # (C,)
     state: mx.array | None = None, # the last K-1 inputs (B, K-1, C), newest last; None is zeros
     mask: mx.array | None = None, # (B, S) bool, False leaves the state as it was and gives zeros
+    reset: mx.array | None = None, # (B, S) bool, True where a text begins, which sees nothing before it
 ) -> tuple[mx.array, mx.array]: # y (B, S, C) in the dtype of x, new state
     """Depthwise convolution that sees no later token (xLSTM, arXiv 2405.04517, appendix A).
 
@@ -62,11 +79,12 @@ def causal_conv1d_plain(
         b: (C,)
         state: the last K-1 inputs (B, K-1, C), newest last; None is zeros
         mask: (B, S) bool, False leaves the state as it was and gives zeros
+        reset: (B, S) bool, True where a text begins, which sees nothing before it
 
     Returns:
         y (B, S, C) in the dtype of x, new state
     """
-    return _causal(_unmasked_plain, x, w, b, state, mask)
+    return _causal(_unmasked_plain, x, w, b, state, mask, reset)
 
 # %% ../../nbs/cells/17_conv.ipynb #19f031f2
 conv_kernel = Kernel("causal_conv1d", ["x", "w", "b", "state"], ["y", "kept"])
@@ -103,9 +121,9 @@ _unmasked = dispatch(conv_kernel, _unmasked_plain, _launch_conv, _conv_gradient,
                      examples=_conv_examples, constants=lambda x, w, b, state: w.shape[-1])
 
 def causal_conv1d(
-    x: mx.array, w: mx.array, b: mx.array, state: mx.array | None = None, mask: mx.array | None = None
+    x: mx.array, w: mx.array, b: mx.array, state: mx.array | None = None, mask: mx.array | None = None, reset: mx.array | None = None
 ) -> tuple[mx.array, mx.array]: # as for `causal_conv1d_plain`
-    """Depthwise convolution that sees no later token. By kernel where kernels run; `causal_conv1d_plain` is the definition.
+    """Depthwise convolution that sees no later token. By kernel where kernels run, but with `reset`; `causal_conv1d_plain` is the definition.
 
     Args:
         x: (B, S, C)
@@ -113,11 +131,12 @@ def causal_conv1d(
         b: (C,)
         state: the last K-1 inputs (B, K-1, C), newest last; None is zeros
         mask: (B, S) bool, False leaves the state as it was and gives zeros
+        reset: (B, S) bool, True where a text begins, which sees nothing before it
 
     Returns:
         y (B, S, C) in the dtype of x, new state
     """
-    return _causal(_unmasked, x, w, b, state, mask)
+    return _causal(_unmasked, x, w, b, state, mask, reset)
 
 # %% ../../nbs/cells/17_conv.ipynb #c68b5030
 class DepthwiseConvWeights(nn.Module):
@@ -155,17 +174,19 @@ class Conv1dCell(nn.Module):
         x: mx.array, # (B, S, C)
         state: mx.array | None = None, # the last K-1 inputs (B, K-1, C); None is zeros
         mask: mx.array | None = None, # (B, S) bool, False leaves the state as it was
+        reset: mx.array | None = None, # (B, S) bool, True where a text begins
     ) -> tuple[mx.array, mx.array]: # (B, S, C), new state
         """
         Args:
             x: (B, S, C)
             state: the last K-1 inputs (B, K-1, C); None is zeros
             mask: (B, S) bool, False leaves the state as it was
+            reset: (B, S) bool, True where a text begins
 
         Returns:
             (B, S, C), new state
         """
-        return causal_conv1d(x, self.conv.weight, self.conv.bias, state, mask)
+        return causal_conv1d(x, self.conv.weight, self.conv.bias, state, mask, reset)
 
 # %% ../../nbs/cells/17_conv.ipynb #230019c4
 class HeadwiseLinear(nn.Module):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOG_ZERO', 'empty_state', 'log_gates', 'masked_gates', 'readout', 'mlstm_step_plain', 'mlstm_recurrent_plain',
-           'log_decay', 'chunk_readout', 'mlstm_parallel']
+           'log_decay', 'chunk_readout', 'mlstm_parallel', 'forget_before']
 
 # %% ../../nbs/cells/11_mlstm.ipynb #4467c6c3
 from copy import copy
@@ -256,3 +256,19 @@ def mlstm_parallel(
     k = k * mx.exp(D[..., -1, :] - m)[..., None]
     w = mx.exp(b[..., -1:] + m0 - m)
     return h, (w[..., None] * C + k.swapaxes(-1, -2) @ v, w * n + k.sum(-2), m)
+
+# %% ../../nbs/cells/11_mlstm.ipynb #6f084a74
+def forget_before(
+    f: mx.array, # forget gate preactivation (B, NH, S)
+    reset: mx.array, # (B, S) bool, True at the first token of a text
+) -> mx.array: # (B, NH, S) float32
+    """Forget gates that leave nothing of what was before the first token of a text.
+
+    Args:
+        f: forget gate preactivation (B, NH, S)
+        reset: (B, S) bool, True at the first token of a text
+
+    Returns:
+        (B, NH, S) float32
+    """
+    return mx.where(reset[:, None], LOG_ZERO, f.astype(mx.float32))

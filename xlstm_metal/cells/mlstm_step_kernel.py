@@ -8,7 +8,7 @@ __all__ = ['step_kernel', 'mlstm_step', 'fits', 'mlstm_examples']
 # %% ../../nbs/cells/13_mlstm_step_kernel.ipynb #2196660f
 import mlx.core as mx
 from ..metal import Kernel, dispatch, like, numbers, samples
-from .mlstm import _check_one_token, empty_state, mlstm_step_plain
+from .mlstm import _check_one_token, empty_state, forget_before, mlstm_step_plain
 
 # %% ../../nbs/cells/13_mlstm_step_kernel.ipynb #eb58a1fe
 step_kernel = Kernel("mlstm_step", ["q", "k", "v", "i", "f", "C", "n", "m", "mask", "scalars"],
@@ -66,6 +66,7 @@ def mlstm_examples(
         i, f = i + each(-3, 0, 3), f + each(-100, 6, 0) # of three heads, one keeps, one writes
         m = (m + each(150, 0, 0)) * mx.array([0, 1, -1])[:, None, None] # and one forgets almost all of very much
         mask = mx.arange(S) >= mx.array([[0], [S // 3], [S]])
+        if S > 1: f = forget_before(f, mx.arange(S) == mx.array([[S], [S // 2], [S]])) # there a text begins
         return like(args, (q, k, v, i, f, (used[..., None] * C, used * n, m), mask, *args[7:]))
     return [example(S) for S in lengths]
 

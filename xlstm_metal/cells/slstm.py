@@ -35,6 +35,7 @@ def slstm_step_plain(
     b: mx.array, # biases (NH, 4, DH)
     state: tuple | None = None, # (y, c, n, m); None is the empty state
     mask: mx.array | None = None, # (B, 1) bool, False leaves the state as it was
+    reset: mx.array | None = None, # (B, 1) bool, True forgets the state first
 ) -> tuple[mx.array, tuple]: # y (B, NH, 1, DH) float32, new state
     """One step of the sLSTM (xLSTM, arXiv 2405.04517, eq. 8-17).
 
@@ -44,6 +45,7 @@ def slstm_step_plain(
         b: biases (NH, 4, DH)
         state: (y, c, n, m); None is the empty state
         mask: (B, 1) bool, False leaves the state as it was
+        reset: (B, 1) bool, True forgets the state first
 
     Returns:
         y (B, NH, 1, DH) float32, new state
@@ -51,11 +53,12 @@ def slstm_step_plain(
     B, NH, _, _, DH = x.shape
     x, R, b = (a.astype(mx.float32) for a in (x, R, b))
     old = y, c, n, m = state or empty_slstm_state(B, NH, DH)
+    if reset is not None: y, c, n, m = (mx.where(reset[..., None], 0, a) for a in old)
     recurrent = y.swapaxes(0, 1) @ R.reshape(NH, 4 * DH, DH).swapaxes(1, 2) # each head its own
     gates = x[:, :, 0] + recurrent.swapaxes(0, 1).reshape(B, NH, 4, DH) + b
     i, f, z, o = (gates[:, :, g] for g in range(4))
     log_f = log_sigmoid(f)
-    first = (n == 0).all((1, 2), keepdims=True)
+    first = (n == 0).all((1, 2), keepdims=True) # the row has read nothing
     m1 = mx.where(first, i, mx.maximum(log_f + m, i))
     F, I = mx.exp(mx.minimum(log_f + m - m1, 0)), mx.exp(i - m1)
     c, n = F * c + I * mx.tanh(z), F * n + I
@@ -70,6 +73,7 @@ def slstm_sequence_plain(
     b: mx.array, # biases (NH, 4, DH)
     state: tuple | None = None, # (y, c, n, m); None is the empty state
     mask: mx.array | None = None, # (B, S) bool, False leaves the state as it was
+    reset: mx.array | None = None, # (B, S) bool, True where a text begins, which forgets the state
 ) -> tuple[mx.array, tuple]: # y (B, NH, S, DH) float32, new state
     """The sLSTM as a loop over time (xLSTM, arXiv 2405.04517, eq. 8-17).
 
@@ -79,6 +83,7 @@ def slstm_sequence_plain(
         b: biases (NH, 4, DH)
         state: (y, c, n, m); None is the empty state
         mask: (B, S) bool, False leaves the state as it was
+        reset: (B, S) bool, True where a text begins, which forgets the state
 
     Returns:
         y (B, NH, S, DH) float32, new state
@@ -86,7 +91,7 @@ def slstm_sequence_plain(
     ys, R = [], R.astype(mx.float32)
     for t in range(x.shape[2]):
         now = slice(t, t + 1)
-        y, state = slstm_step_plain(x[:, :, now], R, b, state, None if mask is None else mask[:, now])
+        y, state = slstm_step_plain(x[:, :, now], R, b, state, *(None if a is None else a[:, now] for a in (mask, reset)))
         ys.append(y)
     return mx.concatenate(ys, 2), state
 
@@ -108,10 +113,10 @@ def float32_product(a: mx.array, b: mx.array) -> mx.array: # a: (..., M, K) floa
     return a @ b + (a @ b_rest + a_rest @ b)
 
 # %% ../../nbs/cells/18_slstm.ipynb #35754d46
-sequence_kernel = Kernel("slstm_sequence", ["x", "R", "b", "y_in", "c_in", "n_in", "m_in", "mask", "is_empty"],
+sequence_kernel = Kernel("slstm_sequence", ["x", "R", "b", "y_in", "c_in", "n_in", "m_in", "marks", "is_empty"],
                          ["y", "c", "n", "m"], ["gates"])
 sequence_grad_kernel = Kernel("slstm_sequence_grad",
-                              ["raw", "R", "c", "n", "m", "c_in", "n_in", "m_in", "mask", "dy", "dc", "dn", "dm"],
+                              ["raw", "R", "c", "n", "m", "c_in", "n_in", "m_in", "marks", "dy", "dc", "dn", "dm"],
                               ["dx", "dy_in", "dc_in", "dn_in", "dm_in"], ["gates"])
 
 def _launch_size(B, NH, DH) -> dict:
@@ -120,50 +125,54 @@ def _launch_size(B, NH, DH) -> dict:
     return dict(DH=DH, THREADS=threads, PER=-(-4 * DH // threads), RESIDENT=DH <= 64,
                 grid=(threads, NH, B), threads=(threads, 1, 1))
 
-def _complete(x, R, b, state, mask) -> tuple:
-    "The arguments in float32, the state and the mask as arrays."
+def _complete(x, R, b, state, mask, reset) -> tuple:
+    "The arguments in float32, the state as arrays, and a mark for each token: 0 is masked, with 2 a text begins."
     B, NH, S, _, DH = x.shape
     x, R, b = (a.astype(mx.float32) for a in (x, R, b))
-    return x, R, b, state or empty_slstm_state(B, NH, DH), mx.ones((B, S), mx.bool_) if mask is None else mask
+    marks = mx.ones((B, S), mx.int32)
+    if reset is not None: marks = mx.where(reset, mx.array(2, mx.int32), marks)
+    if mask is not None: marks = mx.where(mask, marks, mx.array(0, mx.int32))
+    return x, R, b, state or empty_slstm_state(B, NH, DH), marks
 
 # %% ../../nbs/cells/18_slstm.ipynb #5744077f
-def _launch_sequence(x, R, b, state, mask):
-    x, R, b, state, mask = _complete(x, R, b, state, mask)
+def _launch_sequence(x, R, b, state, mask, reset):
+    x, R, b, state, marks = _complete(x, R, b, state, mask, reset)
     B, NH, S, _, DH = x.shape
     is_empty = (state[2] == 0).all((1, 2))
     transposed = R.reshape(NH, 4 * DH, DH).swapaxes(1, 2)
-    kept = sequence_kernel(x, transposed, b, *state, mask, is_empty, dtypes=[mx.float32] * 4,
+    kept = sequence_kernel(x, transposed, b, *state, marks, is_empty, dtypes=[mx.float32] * 4,
                            shapes=[(B, NH, S, DH)] * 4, **_launch_size(B, NH, DH))
     return (kept[0], tuple(a[:, :, -1] for a in kept)), tuple(kept)
 
 def _sequence_gradient(args, results, kept, cotangents):
-    x, R, b, (y0, c0, n0, m0), mask = _complete(*args)
+    x, R, b, (y0, c0, n0, m0), marks = _complete(*args)
     (y, c, n, m), (dy, (dy1, dc, dn, dm)) = kept, cotangents
     B, NH, S, _, DH = x.shape
-    before = mx.concatenate([y0[:, :, None], y[:, :, :-1]], axis=2)
+    before = mx.where(marks[:, None, :, None] == 2, 0, mx.concatenate([y0[:, :, None], y[:, :, :-1]], axis=2))
     raw = x + float32_product(before, R.reshape(NH, 4 * DH, DH).swapaxes(1, 2)).reshape(x.shape) + b[:, None]
     dy = dy.at[:, :, -1].add(dy1)
     dm = dm - dc * c[:, :, -1] - dn * n[:, :, -1]
     dx, dy0, dc0, dn0, dm0 = sequence_grad_kernel(
-        raw, R, c, n, m, c0, n0, m0, mask, dy, dc, dn, dm, dtypes=[mx.float32] * 5,
+        raw, R, c, n, m, c0, n0, m0, marks, dy, dc, dn, dm, dtypes=[mx.float32] * 5,
         shapes=[x.shape] + [y0.shape] * 4, **_launch_size(B, NH, DH))
     flat = [a.swapaxes(0, 1).reshape(NH, B * S, -1) for a in (dx, before)]
     dR = float32_product(flat[0].swapaxes(1, 2), flat[1]).reshape(R.shape)
-    return dx, dR, dx.sum((0, 2)), (dy0, dc0, dn0, dm0 + dc0 * c0 + dn0 * n0), None
+    return dx, dR, dx.sum((0, 2)), (dy0, dc0, dn0, dm0 + dc0 * c0 + dn0 * n0), None, None
 
 # %% ../../nbs/cells/18_slstm.ipynb #0b200dcb
 def _fits(x, *_) -> bool:
     B, _, _, _, DH = x.shape
     return DH <= 256 and B < 2**16 and x.size < 2**32
 
-def _slstm_examples(args, *lengths) -> list[tuple]: # x, R, b, (y, c, n, m), mask; a row has read nothing, one is masked
+def _slstm_examples(args, *lengths) -> list[tuple]: # x, R, b, (y, c, n, m), mask, reset; a row has read nothing, one is masked, in one a text begins
     DH, NH, used = args[0].shape[-1], 2, mx.array([0., 1., 1.]).reshape(3, 1, 1)
     def example(S):
         x, R, b, y, c, n, m = samples((3, NH, S, 4, DH), (NH, 4, DH, DH), (NH, 4, DH), *[(3, NH, DH)] * 4)
         x = x - mx.array([0, 100])[:, None, None, None] * mx.array([0, 1, 0, 0])[:, None]
         m = m + mx.array([0, 150])[:, None] # a head that forgets almost all of very much
         mask = mx.arange(S) >= mx.array([[S // 3], [0], [S]])
-        return like(args, (x, R / DH**.5, b, tuple(used * a for a in (y, c, 1 + mx.abs(n), m)), mask))
+        reset = mx.arange(S) == mx.array([[2 * S // 3], [S // 2], [S]])
+        return like(args, (x, R / DH**.5, b, tuple(used * a for a in (y, c, 1 + mx.abs(n), m)), mask, reset))
     return [example(S) for S in lengths]
 
 def _units(x, *_) -> int: return x.shape[-1]

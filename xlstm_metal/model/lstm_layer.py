@@ -9,7 +9,7 @@ __all__ = ['orders', 'xLSTM']
 import mlx.core as mx
 import mlx.nn as nn
 from ..blocks import mlstm, slstm # register their kinds
-from ..blocks.block import BlockSpec, make_block
+from ..blocks.block import BlockSpec, and_reset, make_block
 from ..blocks.ffn import round_up
 from ..cells.norms import LayerNorm
 
@@ -59,25 +59,28 @@ class xLSTM(nn.Module):
         x: mx.array, # (B, S, input_size)
         state: list | None = None, # from an earlier call; None begins
         mask: mx.array | None = None, # (B, S) bool, False where a row is padded
+        reset: mx.array | None = None, # (B, S) bool, True where a new sequence begins within a row
     ) -> tuple[mx.array, list]: # (B, S, hidden_size), twice that if bidirectional; state
         """
         Args:
             x: (B, S, input_size)
             state: from an earlier call; None begins
             mask: (B, S) bool, False where a row is padded
+            reset: (B, S) bool, True where a new sequence begins within a row
 
         Returns:
             (B, S, hidden_size), twice that if bidirectional; state
         """
         if state is not None and self.bidirectional:
             raise ValueError("a bidirectional layer reads its input from both ends, so it cannot go on from a state")
-        after = []
+        after, ends = [], None if reset is None else mx.pad(reset[:, 1:], ((0, 0), (0, 1))) # where it begins for who reads from the end
         for j, (maps, blocks) in enumerate(zip(self.proj_in, self.blocks)):
             outs, states = [], []
             for way, (proj, block) in enumerate(zip(maps, blocks)):
                 in_order = (lambda a: a[:, ::-1]) if way else (lambda a: a)
                 before = state[j][way] if state else None
-                y, s = block(proj(in_order(x)), before, None if mask is None else in_order(mask))
+                marks = (None if a is None else in_order(a) for a in (mask, ends if way else reset))
+                y, s = block(proj(in_order(x)), before, *and_reset(*marks))
                 outs.append(in_order(y))
                 states.append(s)
             x = mx.concatenate(outs, axis=-1) if self.bidirectional else outs[0]

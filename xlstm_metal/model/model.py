@@ -50,17 +50,19 @@ class Backbone(BlockStack):
         x: mx.array, # (B, S, D)
         cache: list | None = None, # from `make_cache`; changed in place
         mask: mx.array | None = None, # (B, S) bool, False where a row is padded
+        reset: mx.array | None = None, # (B, S) bool, True where a text begins
     ) -> mx.array: # (B, S, D)
         """
         Args:
             x: (B, S, D)
             cache: from `make_cache`; changed in place
             mask: (B, S) bool, False where a row is padded
+            reset: (B, S) bool, True where a text begins
 
         Returns:
             (B, S, D)
         """
-        x, norm = super().__call__(x, cache, mask), self.args.layout.norm
+        x, norm = super().__call__(x, cache, mask, reset), self.args.layout.norm
         return self[norm](x) if norm in self else x
 
     @property
@@ -141,6 +143,7 @@ class Model(nn.Module):
         cache: list | None = None, # from `make_cache`; changed in place
         mask: mx.array | None = None, # (B, S) bool, False where a row is padded
         input_embeddings: mx.array | None = None, # (B, S, D) in place of ids
+        reset: mx.array | None = None, # (B, S) bool, True where a text begins within a row, for which all states are forgotten
     ) -> mx.array: # (B, S, D)
         """What the head is given.
 
@@ -149,12 +152,13 @@ class Model(nn.Module):
             cache: from `make_cache`; changed in place
             mask: (B, S) bool, False where a row is padded
             input_embeddings: (B, S, D) in place of ids
+            reset: (B, S) bool, True where a text begins within a row, for which all states are forgotten
 
         Returns:
             (B, S, D)
         """
         x = self.embeddings(ids) if input_embeddings is None else input_embeddings
-        return self.backbone(self.embedding_dropout(x), cache, mask)
+        return self.backbone(self.embedding_dropout(x), cache, mask, reset)
 
     def uncapped(self, x: mx.array) -> mx.array: # (..., D) -> (..., V)
         """Logits before their bound.
@@ -183,6 +187,7 @@ class Model(nn.Module):
         cache: list | None = None, # from `make_cache`; changed in place
         mask: mx.array | None = None, # (B, S) bool, False where a row is padded
         input_embeddings: mx.array | None = None, # (B, S, D) in place of ids
+        reset: mx.array | None = None, # as for `hidden`
     ) -> mx.array: # logits (B, S, V) float32
         """
         Args:
@@ -190,11 +195,12 @@ class Model(nn.Module):
             cache: from `make_cache`; changed in place
             mask: (B, S) bool, False where a row is padded
             input_embeddings: (B, S, D) in place of ids
+            reset: as for `hidden`
 
         Returns:
             logits (B, S, V) float32
         """
-        return self.head(self.hidden(inputs, cache, mask, input_embeddings))
+        return self.head(self.hidden(inputs, cache, mask, input_embeddings, reset))
 
     def sanitize(self, weights: dict) -> dict: # weights: name -> array, as a checkpoint has them; with the names of this model
         """Give tensors the names that they have in memory.

@@ -10,10 +10,12 @@ __all__ = ['lm_loss', 'init_weights', 'AdamW', 'make_optimizer', 'recomputed', '
 import math
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from inspect import signature
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from ..blocks.block import and_reset
 from ..generation.compiled_step import drops_out, same_inputs
 from ..metal import backend
 from ..model.model import Model
@@ -25,6 +27,7 @@ def lm_loss(
     ids: mx.array, # (B, S) int, S >= 2
     mask: mx.array | None = None, # (B, S) bool, False where a row is padded at its end
     most: int | None = None, # logits at a time; None: by kernel 2 GB of them, else 2**28
+    reset: mx.array | None = None, # (B, S) bool, True where a text begins within a row; nothing foretells that token
 ) -> mx.array: # scalar, nats per predicted token
     """Mean next-token cross entropy.
 
@@ -33,14 +36,18 @@ def lm_loss(
         ids: (B, S) int, S >= 2
         mask: (B, S) bool, False where a row is padded at its end
         most: logits at a time; None: by kernel 2 GB of them, else 2**28
+        reset: (B, S) bool, True where a text begins within a row; nothing foretells that token
 
     Returns:
         scalar, nats per predicted token
     """
-    x, y = model.hidden(ids[:, :-1]), ids[:, 1:].astype(mx.int32)
+    x, y = model.hidden(ids[:, :-1], reset=None if reset is None else reset[:, :-1]), ids[:, 1:].astype(mx.int32)
     rows = max(1, (most or (2**31 // x.itemsize if backend() else 2**28)) // model.args.vocab_size)
     loss = _loss_by_rows(model, x.flatten(0, 1), y.flatten(), rows).reshape(y.shape)
-    return loss.mean() if mask is None else (loss * mask[:, 1:]).sum() / mask[:, 1:].sum()
+    if mask is None and reset is None: return loss.mean()
+    counts = mx.ones(y.shape, mx.bool_) if mask is None else mask[:, 1:]
+    if reset is not None: counts = counts & ~reset[:, 1:]
+    return (loss * counts).sum() / counts.sum()
 
 def _loss_by_rows(model, x, y, rows): # x (N, D), y (N,); rows: at a time
     "Cross entropy (N,). If not all logits are there at a time, each part is there once again for the gradient."
@@ -159,11 +166,12 @@ def recomputed(
     finally: blocks[:] = kept
 
 def _run_again(block):
-    def run(x, state, mask):
-        def call(parameters, x, state): # a mask has no gradient
+    def run(x, state, mask, reset=None):
+        def call(parameters, x, state): # masks have no gradient
             block.update(parameters)
-            return block(x, state, mask)
+            return block(x, state, *and_reset(mask, reset))
         return mx.checkpoint(call)(block.trainable_parameters(), x, state)
+    run.__signature__, run.state_size = signature(block), getattr(block, "state_size", 1) # it takes what the block takes
     return run
 
 # %% ../../nbs/train/71_train.ipynb #1ac80858

@@ -11,9 +11,10 @@ from collections import deque
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from inspect import signature
 import mlx.core as mx
 import mlx.nn as nn
-from ..blocks.block import BlockError, make_block
+from ..blocks.block import BlockError, and_reset, make_block
 from .wiring import Executable, Neuron, WiringError, check_wiring, xLSTMWiring
 
 # %% ../../nbs/wiring/31_run.ipynb #9b57b6d0
@@ -82,6 +83,7 @@ def shift_by_one(
     y: mx.array, # (B, S, D)
     previous: mx.array, # the last output of the piece before (B, 1, D)
     mask: mx.array | None = None, # (B, S) bool, False where a row is padded
+    reset: mx.array | None = None, # (B, S) bool, True where a text begins, before which there is nothing
 ) -> tuple[mx.array, mx.array]: # before each token (B, S, D), after the last (B, 1, D)
     """The output before each token, and the one to keep for the next piece.
 
@@ -89,10 +91,14 @@ def shift_by_one(
         y: (B, S, D)
         previous: the last output of the piece before (B, 1, D)
         mask: (B, S) bool, False where a row is padded
+        reset: (B, S) bool, True where a text begins, before which there is nothing
 
     Returns:
         before each token (B, S, D), after the last (B, 1, D)
     """
+    if reset is not None:
+        before, last = shift_by_one(y, previous, mask)
+        return mx.where(reset[..., None], 0, before), last
     whole = mx.concatenate([previous, y], axis=1)
     if mask is None: return whole[:, :-1], whole[:, -1:]
     newest = mx.cummax(mx.where(mask, mx.arange(1, y.shape[1] + 1), 0), axis=1)
@@ -153,7 +159,7 @@ class WiringRun:
         inputs: (B, S, D) each
         states: of the neurons, changed in place
         previous: neuron -> its last output (B, 1, D), where a delay needs it
-        mask: (B, S) bool
+        mask, reset: (B, S) bool
     """
     def __init__(self,
         plan: Plan, # of the wiring
@@ -161,29 +167,29 @@ class WiringRun:
         inputs: list[mx.array], # (B, S, D) each
         states: list, # of the neurons, changed in place
         previous: dict, # neuron -> its last output (B, 1, D), where a delay needs it
-        mask: mx.array | None, # (B, S) bool
+        mask: mx.array | None, reset: mx.array | None, # (B, S) bool
     ):
         self.plan, self.blocks, self.combiners, self.observer = plan, blocks, combiners, observer
-        self.states, self.previous, self.mask = states, previous, mask
+        self.states, self.previous, self.mask, self.reset = states, previous, mask, reset
         self.outputs = {-1 - s: x for s, x in enumerate(inputs)}
         for scc in plan.components:
             j = scc[0]
             if len(scc) > 1 or any(i == j for i, _, _ in plan.inputs[j]): self._step_component(scc)
             else:
-                self.outputs[j] = self._run_neuron(j, [self._read(i, delay) for i, _, delay in plan.inputs[j]], mask)
+                self.outputs[j] = self._run_neuron(j, [self._read(i, delay) for i, _, delay in plan.inputs[j]], mask, reset)
                 _begin(self.outputs[j], self.states[j])
 
     def _read(self, i: int, delay: int) -> mx.array: # a whole piece
-        return shift_by_one(self.outputs[i], self.previous[i], self.mask)[0] if delay else self.outputs[i]
+        return shift_by_one(self.outputs[i], self.previous[i], self.mask, self.reset)[0] if delay else self.outputs[i]
 
     def _combine(self, name: str, inputs: list, parts: list) -> mx.array:
         if combiner := self.combiners.get(name): return combiner(parts)
         return signed_sum(parts, [sign for _, sign, _ in inputs])
 
-    def _run_neuron(self, j: int, parts: list, mask) -> mx.array:
+    def _run_neuron(self, j: int, parts: list, mask, reset) -> mx.array:
         x, state = self._combine(f"neuron_{j}", self.plan.inputs[j], parts), self.states[j] or None
         block = self.blocks[self.plan.weights[j]]
-        y, self.states[j] = block(x, state, mask)
+        y, self.states[j] = block(x, state, *and_reset(mask, reset if _has_memory(block) else None))
         if self.observer is not None: self.observer.after_block(j, block, (x, state, mask), (y, self.states[j]))
         return y
 
@@ -192,13 +198,22 @@ class WiringRun:
         inputs, previous, outputs = self.plan.inputs, dict(self.previous), {j: [] for j in scc}
         outside = {(i, delay): self._read(i, delay) for j in scc for i, _, delay in inputs[j] if i not in scc}
         for t in range(self.outputs[-1].shape[1]):
-            now, mask = {}, None if self.mask is None else self.mask[:, t:t + 1]
+            now, (mask, reset) = {}, (None if a is None else a[:, t:t + 1] for a in (self.mask, self.reset))
+            if reset is not None: previous = {j: mx.where(reset[..., None], 0, y) for j, y in previous.items()}
             for j in scc:
                 now[j] = self._run_neuron(j, [outside[i, delay][:, t:t + 1] if i not in scc else previous[i] if delay else now[i]
-                                             for i, _, delay in inputs[j]], mask)
+                                             for i, _, delay in inputs[j]], mask, reset)
                 outputs[j].append(now[j])
             previous |= {j: y if mask is None else mx.where(mask[..., None], y, previous[j]) for j, y in now.items() if j in previous}
         self.outputs |= {j: mx.concatenate(ys, axis=1) for j, ys in outputs.items()}
+
+# %% ../../nbs/wiring/31_run.ipynb #b55416d4
+def _has_memory(block) -> bool: return getattr(block, "state_size", 1) > 0
+
+def _check_resets(blocks: list): # that they can begin a text within a row
+    for j, b in enumerate(blocks):
+        if _has_memory(b) and "reset" not in signature(b).parameters:
+            raise WiringError(f"block {j} ({getattr(b, 'kind', None) or type(b).__name__}) cannot begin a text within a row: its __call__ has no argument reset")
 
 # %% ../../nbs/wiring/31_run.ipynb #7ee9d2ac
 def run_wiring(
@@ -209,6 +224,7 @@ def run_wiring(
     mask: mx.array | None = None, # (B, S) bool, False where a row is padded
     combiners: dict = {}, # "neuron_3" or "out" -> `Combiner`
     observer: Observer | None = None, # sees what the blocks do
+    reset: mx.array | None = None, # (B, S) bool, True where a text begins, for which all states are forgotten
 ) -> mx.array: # (B, S, D)
     """Blocks in the order of the plan, each neuron with its own state.
 
@@ -220,10 +236,12 @@ def run_wiring(
         mask: (B, S) bool, False where a row is padded
         combiners: "neuron_3" or "out" -> `Combiner`
         observer: sees what the blocks do
+        reset: (B, S) bool, True where a text begins, for which all states are forgotten
 
     Returns:
         (B, S, D)
     """
+    if reset is not None: _check_resets(blocks)
     inputs = x if isinstance(x, (list, tuple)) else [x]
     if len(inputs) != plan.input_dim: raise WiringError(f"the wiring has {plan.input_dim} inputs, but is given {len(inputs)}")
     S, cache = inputs[0].shape[1], cache or [None] * len(plan.weights)
@@ -233,7 +251,7 @@ def run_wiring(
     previous = {i: kept[i][-1] if kept[i] else zeros for i in plan.delayed}
     states = [k[:-1] if k and j in previous else k for j, k in enumerate(kept)]
     if observer is not None: observer.begin()
-    run = WiringRun(plan, blocks, combiners, observer, inputs, states, previous, mask)
+    run = WiringRun(plan, blocks, combiners, observer, inputs, states, previous, mask, reset)
     for j, slot in enumerate(cache):
         if slot is None: continue
         slot.cache = [*states[j], *[shift_by_one(run.outputs[i], previous[i], mask)[1] for i in previous if i == j]] or [zeros[..., 0]]
@@ -292,17 +310,19 @@ class BlockStack(nn.Module):
         x: mx.array | list, # (B, S, D), or as many of them as the wiring has inputs
         cache: list | None = None, # from `make_cache`; changed in place
         mask: mx.array | None = None, # (B, S) bool, False where a row is padded
+        reset: mx.array | None = None, # (B, S) bool, True where a text begins
     ) -> mx.array: # (B, S, D)
         """
         Args:
             x: (B, S, D), or as many of them as the wiring has inputs
             cache: from `make_cache`; changed in place
             mask: (B, S) bool, False where a row is padded
+            reset: (B, S) bool, True where a text begins
 
         Returns:
             (B, S, D)
         """
-        return run_wiring(self._plan, self.blocks, x, cache, mask, self.get("combiners", {}), self.observer)
+        return run_wiring(self._plan, self.blocks, x, cache, mask, self.get("combiners", {}), self.observer, reset)
 
     def make_cache(self) -> list: # one `ArraysCache` per neuron
         """An empty cache.
