@@ -149,6 +149,24 @@ def test_carried_states_are_those_of_one_long_row(small):
     assert abs(first + alone.tally["nats"].item() - whole.tally["nats"].item()) > 1e-4 * first # a state matters
 
 
+@pytest.mark.parametrize("carry", [False, True])
+def test_texts_in_a_row_do_not_know_of_each_other(small, carry):
+    "Two texts in one row are two rows, whatever was read before; their first tokens do not count."
+    config = replace(small, carry=carry, batch=4, lr=1e-12, min_lr=0., weight_decay=0.)
+    b, before = rows(1, n=4), rows(2, n=4)
+    b.mask[:], b.reset[:, 12] = True, True
+
+    def read(*batches): # nats, tokens
+        step = TrainingStep(make_model(config, 280), config)
+        for n, batch in enumerate(batches): step([batch], n + 1)
+        return np.array([step.tally[k].item() for k in ("nats", "tokens")])
+    parts = sum(read(Batch(*(a[:, at] for a in b))) for at in (slice(12), slice(12, None)))
+    assert parts[1] == 4 * 23
+    for found in (read(b), read(before, b) - read(before)): assert np.allclose(found, parts, rtol=1e-5)
+    b.reset[:, 12] = False
+    assert not np.allclose(read(b)[0] * 23 / 24, parts[0], rtol=1e-3)
+
+
 def test_carry_needs_states_of_a_fixed_size(small):
     with pytest.raises(TrainError, match="carry.*attention"): Trainer(replace(small, carry=True, layer_types=["mlstm", "full_attention"]))
 
@@ -179,6 +197,20 @@ def test_a_run_in_parts_is_the_run_in_one(small, tmp_path, how):
     assert part.done == 12 and curve(part.out) == curve(whole.out)
     for (name, a), (_, b) in zip(tree_flatten(part.model.parameters()), tree_flatten(whole.model.parameters()), strict=True): assert mx.array_equal(a, b), name
     assert (part.out / "best").read_text() == (whole.out / "best").read_text()
+
+
+def test_a_compiled_run_is_the_plain_one_and_goes_on(small):
+    "What is recorded once takes the arrays of a checkpoint, of both kinds of step."
+    config = replace(small, evaluate_every=0, sample_every=0, save_every=5)
+    want = curve(quietly(replace(config, out=small.out + "-plain")).out)
+    mx.enable_compile()
+    try:
+        for n in (3, 4, None): trainer = quietly(config, n)
+        split = [quietly(replace(config, accumulate=2, steps=4, out=f"{small.out}-{n}"), n) for n in (4, 2)]
+        split[1] = quietly(split[1].config)
+    finally: mx.disable_compile()
+    for a, b in zip(curve(trainer.out), want, strict=True): assert all(abs(a[k] - b[k]) < 1e-4 * (1 + abs(b[k])) for k in b), (a, b)
+    assert curve(split[0].out) == curve(split[1].out)
 
 
 CODE = "import json, sys; from xlstm_metal.train.trainer import *; Trainer(TrainConfig(**json.loads(sys.argv[1]))).run()"
@@ -226,7 +258,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(small, tmp_path):
     while not Log(Path(small.out) / "log.jsonl").read(): time.sleep(.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "stopped after step" in err.splitlines()[-1] and f"xlstm-metal train {small.out}" in err.splitlines()[-1], err
+    assert process.returncode == 130 and "stopped after step" in err.splitlines()[-1] and f"xlstm-metal train {small.out} goes on" in err.splitlines()[-1], err
     [last] = checkpoints(Path(small.out))[-1:]
     assert damage(last) is None and Trainer.resume(small.out).done == int(last.name[5:])
 

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import partial
 from importlib.util import find_spec
-from inspect import signature
 from itertools import chain, islice, takewhile
 from pathlib import Path
 from types import NoneType, UnionType
@@ -27,7 +26,7 @@ from ..blocks.block import find_kind
 from ..files import CheckpointError
 from ..generation.compiled_step import same_inputs
 from ..metal import backend
-from ..model.checkpoint import as_dtype, dtypes, load
+from ..model.checkpoint import as_dtype, load
 from ..model.config import xLSTMConfig
 from ..model.convert import save as save_model
 from ..model.model import Model
@@ -176,7 +175,7 @@ class TrainConfig(RunSettings, StepSettings, ModelSettings, DataSettings):
         self.out, self.betas = str(self.out), list(self.betas)
         for f in fields(self):
             if reason := _problem(f.name, getattr(self, f.name)): raise TrainError(reason)
-        if self.min_lr is None: self.min_lr = self.lr / 10
+        if self.min_lr is not None and self.min_lr > self.lr: raise TrainError(f"min_lr must not be above lr, {self.lr}, but is {self.min_lr}")
         if self.model and self.layer_types: raise TrainError("layer_types are of a new model: leave them out, or model")
         if self.kinds and not self.layer_types: raise TrainError("kinds has arguments of the blocks in layer_types, which are missing")
         for name in self.log_to: _check_tracker(name)
@@ -192,7 +191,7 @@ class TrainConfig(RunSettings, StepSettings, ModelSettings, DataSettings):
             path: of a file with lines `key = value`
             overrides: "key=value" each, which win; the value as in the file, or a bare word
         """
-        try: read = tomllib.loads(Path(path).read_text())
+        try: read = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as e: raise TrainError(f"{path} cannot be read: {e.strerror}") from e
         except ValueError as e: raise TrainError(f"{path} is not TOML: {e}") from e
         return _checked(path, read, overrides)
@@ -229,11 +228,11 @@ def make_model(
     Returns:
         float32
     """
-    mx.random.seed(config.seed)
-    c = config
+    mx.random.seed(config.seed) # of blocks that have initial weights of their own
+    c, names = config, {layer_names.get(t, t) for t in config.layer_types or ()}
     try:
-        if not c.layer_types: return init_weights(Model(xLSTMConfig.from_dict(vocab_size=vocab_size, hidden_size=c.dims, num_hidden_layers=c.blocks, num_heads=c.heads, **ids)), c.seed)
-        names = {layer_names.get(t, t) for t in c.layer_types}
+        if not names: return init_weights(Model(xLSTMConfig.from_dict(
+            vocab_size=vocab_size, hidden_size=c.dims, num_hidden_layers=c.blocks, num_heads=c.heads, **ids)), c.seed)
         if unused := c.kinds.keys() - names: raise TrainError(f"kinds says something of {min(unused)}, which is not in layer_types")
         own = {name: dict(c.kinds.get(name, {})) for name in names}
         for name, kwargs in own.items():
@@ -254,11 +253,12 @@ def learning_rate(
     Returns:
         step, counted from 0 -> rate
     """
-    c, fall = config, max(1, round(config.decay_share * config.steps))
-    after = c.steps - c.warmup
-    if c.schedule == "cosine": parts = [(c.warmup, optim.cosine_decay(c.lr, max(1, after), c.min_lr))]
+    c, low = config, config.lr / 10 if config.min_lr is None else config.min_lr
+    after = max(1, c.steps - c.warmup)
+    fall = min(after, max(1, round(c.decay_share * c.steps)))
+    if c.schedule == "cosine": parts = [(c.warmup, optim.cosine_decay(c.lr, after, low))]
     else: parts = [(c.warmup, lambda step: mx.array(c.lr))]
-    if c.schedule == "wsd": parts.append((max(c.warmup, c.steps - fall), optim.linear_schedule(c.lr, c.min_lr, min(fall, max(1, after)))))
+    if c.schedule == "wsd": parts.append((max(c.warmup, c.steps - fall), optim.linear_schedule(c.lr, low, fall)))
     if c.warmup: parts.insert(0, (0, optim.linear_schedule(0, c.lr, c.warmup)))
     rate = optim.join_schedules([s for _, s in parts], [begin for begin, _ in parts[1:]])
     return lambda step: rate(step + 1) # the first step is not lost to a rate of 0
@@ -281,7 +281,8 @@ def rounded(
     Returns:
         nested
     """
-    def cast(name, w): return w.astype(dtype) if mx.issubdtype(w.dtype, mx.floating) and model.cast_predicate(name) and name not in besides else w
+    def stays(name, w): return name in besides or not (mx.issubdtype(w.dtype, mx.floating) and model.cast_predicate(name))
+    def cast(name, w): return w if stays(name, w) else w.astype(dtype)
     return tree_map_with_path(cast, model.parameters() if weights is None else weights)
 
 @contextmanager
@@ -310,12 +311,11 @@ def _set_random(key: mx.array): # key: (2,) uint32, the two halves of a seed
     mx.random.seed(high << 32 | low)
 
 # %% ../../nbs/train/75_trainer.ipynb #t7500031
-def _token_losses(model, ids, reset, cache=None, most=None, dtype=None): # ids, reset (B, S + 1); returns (B, S) nats
+def _token_losses(model, ids, reset, cache=None, dtype=None): # ids, reset (B, S + 1); returns (B, S) nats
     "The surprise at each token but the first."
-    x = {} if dtype is None else {"input_embeddings": model.embeddings(ids[:, :-1]).astype(dtype)}
-    if "reset" in signature(Model.hidden).parameters and reset is not None: x["reset"] = reset[:, :-1]
-    y, x = ids[:, 1:].astype(mx.int32), model.hidden(ids[:, :-1], cache, **x)
-    rows = max(1, (most or (2**31 // x.itemsize if backend() else 2**28)) // model.args.vocab_size) # as in `lm_loss`
+    x, y = ids[:, :-1], ids[:, 1:].astype(mx.int32)
+    x = model.hidden(x, cache, None, None if dtype is None else model.embeddings(x).astype(dtype), None if reset is None else reset[:, :-1])
+    rows = max(1, (2**31 // x.itemsize if backend() else 2**28) // model.args.vocab_size) # as in `lm_loss`
     return _loss_by_rows(model, x.flatten(0, 1), y.flatten(), rows).reshape(y.shape)
 
 def _cache(model, states): # states: an array list for each neuron, or nothing
@@ -383,7 +383,7 @@ def _optimizer(config: TrainConfig): # as `make_optimizer` makes it, with anothe
 
 def _gradients(step, batch): # ids, reset, mask (B, S + 1) -> sums of nats, tokens, gradients
     ids, reset, mask = batch
-    masters, counted = step.model.trainable_parameters(), mask[:, 1:]
+    masters, counted = step.model.trainable_parameters(), (mask & ~reset)[:, 1:] # nothing foretells the beginning of a text
     def total(masters, states):
         step.model.update(rounded(step.model, step.dtype, masters, step.looked_up))
         cache = _cache(step.model, states)
@@ -514,13 +514,14 @@ class Log:
         Args:
             step: lines of later ones are dropped
         """
-        self.size = sum(map(len, takewhile(lambda line: json.loads(line)["step"] <= step, self._lines())))
+        self.size = sum(len(text) for text, _ in takewhile(lambda line: line[1]["step"] <= step, self._lines()))
         if self.file.exists(): os.truncate(self.file, self.size) # needs no room on a disk
 
-    def _lines(self): # whole ones
+    def _lines(self): # yields bytes and what they say, up to a line that is not whole
         for line in self.file.read_bytes().splitlines(True) if self.file.exists() else ():
+            try: yield line, json.loads(line)
+            except ValueError: return
             if not line.endswith(b"\n"): return
-            yield line
 
     def write(self, line: dict): # line: of plain numbers and texts
         """Append a line; if the disk is full, with the next one.
@@ -535,7 +536,8 @@ class Log:
                 f.flush()
                 os.fsync(f.fileno())
             self.size, self.waiting = self.size + len(self.waiting), b""
-        except OSError: os.truncate(self.file, self.size) # perhaps a part of it was written
+        except OSError:
+            with suppress(OSError): os.truncate(self.file, self.size) # perhaps a part of it was written
 
     def read(self) -> list[dict]: # what it says, in order
         """All lines.
@@ -543,7 +545,7 @@ class Log:
         Returns:
             what it says, in order
         """
-        return [json.loads(line) for line in self._lines()]
+        return [line for _, line in self._lines()]
 
 # %% ../../nbs/train/75_trainer.ipynb #t7500047
 @contextmanager
@@ -568,6 +570,9 @@ def whole_folder(
         new.rename(folder)
         _to_disk(folder.parent)
     finally: shutil.rmtree(new, ignore_errors=True)
+
+def _remove(folder: Path): # renamed first: what is half there has another name
+    with suppress(OSError): shutil.rmtree(folder.rename(folder.with_name(folder.name + ".partial")))
 
 def _to_disk(path: Path):
     handle = os.open(path, os.O_RDONLY)
@@ -707,7 +712,8 @@ def _trackers(config: TrainConfig, ends: ExitStack) -> list: # functions of a li
     def numbers(line): return {k: v for k, v in line.items() if k != "step" and isinstance(v, (int, float))}
     def wandb():
         import wandb
-        run = wandb.init(dir=config.out, name=Path(config.out).name, config=asdict(config), id=f"{zlib.crc32(str(Path(config.out).resolve()).encode()):08x}", resume="allow")
+        run = wandb.init(dir=config.out, name=Path(config.out).name, config=asdict(config), resume="allow", # the same run each time
+                         id=f"{zlib.crc32(str(Path(config.out).resolve()).encode()):08x}")
         ends.callback(run.finish)
         return lambda line: run.log(numbers(line), step=line["step"])
     def tensorboard():
@@ -771,8 +777,8 @@ class Run:
         model, t = _begin(config, found)
         self.tokenizer, self.bos, V = t, _bos(model, t), max(t.get_vocab().values()) + 1
         if model and V > model.args.vocab_size: raise TrainError(f"the tokenizer has {V:,} ids, the model {config.model} only {model.args.vocab_size:,}")
-        self.data = TokenDataset.prepare(config.data, t, held_out=config.held_out, bos=False if self.bos is None else self.bos, vocab_size=model and model.args.vocab_size,
-                                         progress=_in_notebook() or sys.stderr.isatty())
+        self.data = TokenDataset.prepare(config.data, t, held_out=config.held_out, bos=False if self.bos is None else self.bos,
+                                         vocab_size=model and model.args.vocab_size, progress=_in_notebook() or sys.stderr.isatty())
         _check_text(config, self.data, notes, found)
         self.model = model or make_model(config, V, force_bos_token_insert=self.bos is not None,
                                          bos_token_id=t.bos_token_id, eos_token_id=t.eos_token_id, pad_token_id=t.pad_token_id)
@@ -783,7 +789,8 @@ class Run:
 
     def __repr__(self):
         c = self.config
-        return (f"{type(self).__name__}: {sum(w.size for _, w in tree_flatten(self.model.parameters())):,} parameters in {c.dtype}, {self.data.train.summary()}, and {self.data.test.summary()} held out\n"
+        n = sum(w.size for _, w in tree_flatten(self.model.parameters()))
+        return (f"{type(self).__name__}: {n:,} parameters in {c.dtype}, {self.data.train.summary()}, and {self.data.test.summary()} held out\n"
                 f"  step {self.done} of {c.steps}, {c.batch * c.accumulate} rows of {c.length} each; log and checkpoints in {self.out}")
 
     @classmethod
@@ -837,10 +844,11 @@ def _interrupts():
     def note(*_):
         if seen: raise KeyboardInterrupt
         seen.append(True)
-    if threading.current_thread() is not threading.main_thread(): return (yield seen)
-    before = signal.signal(signal.SIGINT, note)
+    main = threading.current_thread() is threading.main_thread() # the others cannot have Ctrl-C
+    before = signal.signal(signal.SIGINT, note) if main else None
     try: yield seen
-    finally: signal.signal(signal.SIGINT, before)
+    finally:
+        if main: signal.signal(signal.SIGINT, before)
 
 # %% ../../nbs/train/75_trainer.ipynb #t7500061
 class SavedRun(Run):
@@ -863,12 +871,13 @@ class SavedRun(Run):
                              config=asdict(self.config) | {"data": [str(Path(d).expanduser().absolute()) for d in self.config.data]}, files=files)
                 (new / "training.json").write_text(json.dumps(notes, indent=1))
         except (OSError, RuntimeError, CheckpointError) as e:
-            warnings.warn(f"{folder} could not be written ({getattr(e, 'strerror', None) or e}): earlier checkpoints are as they were, and training goes on until the next one is due")
+            warnings.warn(f"{folder} could not be written ({getattr(e, 'strerror', None) or e}): "
+                          "earlier checkpoints are as they were, and training goes on until the next one is due")
             return None
         with suppress(OSError): # of a full disk; the next save tries again
             if self.best: _replace(self.out / "best", f"{self.best['folder']}\n")
         for old in [f for f in checkpoints(self.out) if int(f.name[5:]) <= self.done][:-self.config.keep]:
-            if old.name != (self.best or {}).get("folder"): shutil.rmtree(old, ignore_errors=True)
+            if old.name != (self.best or {}).get("folder"): _remove(old)
         return folder
 
     def evaluate(self) -> Evaluation:
@@ -935,13 +944,13 @@ class Trainer(SavedRun):
             while self.done < last and not interrupts:
                 batches = list(islice(self.batches, self.config.accumulate))
                 self.step(batches, self.done + 1)
-                self.done, self.tokens = self.done + 1, self.tokens + sum(int(b.mask[:, 1:].sum()) for b in batches)
+                self.done, self.tokens = self.done + 1, self.tokens + sum(int((b.mask & ~b.reset)[:, 1:].sum()) for b in batches)
                 display.bar.update()
                 for line in self._due():
                     for read in readers: read(line)
                     self.clock = time.perf_counter(), self.tokens
             kept = self.save()
-        if interrupts: raise KeyboardInterrupt(f"stopped after step {self.done}; " + (f"it goes on with: xlstm-metal train {self.out}" if kept else "it could not be saved"))
+        if interrupts: raise KeyboardInterrupt(f"stopped after step {self.done}, which " + (f"was saved: xlstm-metal train {self.out} goes on" if kept else "could not be saved"))
         if kept is None: raise TrainError(f"step {self.done} could not be saved in {self.out}: make room and call save() again")
 
     def _due(self): # yields lines of the log
@@ -952,20 +961,23 @@ class Trainer(SavedRun):
         if due(c.evaluate_every) and self.data.test.documents:
             found = self.evaluate()
             yield dict(step=done, bits_per_byte=found.bits_per_byte, perplexity=found.perplexity, evaluated=found.tokens)
-            if not before or found.bits_per_byte < before["bits_per_byte"]: self.best = dict(folder=f"step-{done:06d}", bits_per_byte=found.bits_per_byte)
+            if not before or found.bits_per_byte < before["bits_per_byte"]:
+                self.best = dict(folder=f"step-{done:06d}", bits_per_byte=found.bits_per_byte)
         if c.sample_every and due(c.sample_every): yield dict(step=done, sample=self.sample())
-        if (due(c.save_every) or self.best != before) and not self.save(): self.best = before # last: what is saved has its lines in the log
+        if due(c.save_every) or self.best != before: # last: the lines of what is saved are in the log
+            if self.save() is None: self.best = before
 
 # %% ../../nbs/train/75_trainer.ipynb #t7500065
 def _measured(run) -> dict: # a line of the log
     _check_finite(run)
     t, (since, tokens) = run.step.tally, run.clock
-    line = dict(step=run.done, tokens=run.tokens, loss=(t["nats"] / t["tokens"]).item(), lr=run.step.schedule(mx.array(run.done - 1)).item(), gradient_norm=t["norm"].item(),
-                tokens_per_second=round((run.tokens - tokens) / (time.perf_counter() - since)), memory=mx.get_peak_memory())
+    line = dict(step=run.done, tokens=run.tokens, loss=(t["nats"] / mx.maximum(t["tokens"], 1)).item(), lr=run.step.schedule(mx.array(run.done - 1)).item(),
+                gradient_norm=t["norm"].item(), tokens_per_second=round((run.tokens - tokens) / (time.perf_counter() - since)),
+                memory=mx.get_peak_memory())
     t.update(nats=mx.zeros(()), tokens=mx.zeros(()))
     return line
 
-# %% ../../nbs/train/75_trainer.ipynb #t7500075
+# %% ../../nbs/train/75_trainer.ipynb #t7500077
 def config_for(
     source: str | Path, # file of settings (.toml); folder of a run that goes on; or text, as a file or folder
     overrides: list[str] = (), # "key=value" each, which win
