@@ -235,11 +235,12 @@ def test_killed_at_any_moment(small, tmp_path):
         log, n = out / "log.jsonl", n + 1
         while left:
             process = start(replace(config, out=str(out)))
-            steps = rng.choice([0, 1, 2, 3, 5])
-            while process.poll() is None and not log.exists(): time.sleep(.01)
-            begin = log.stat().st_size
-            while process.poll() is None and log.stat().st_size - begin < steps * 150: time.sleep(.002)
-            time.sleep(rng.uniform(0, .08))
+            def size(): return log.stat().st_size if log.exists() else 0
+            steps, begin = rng.choice(["early", 0, 1, 2, 3, 5]), size()
+            if steps == "early": time.sleep(rng.uniform(.3, 2)) # perhaps before there is a tokenizer
+            else:
+                while process.poll() is None and not size() or size() - begin < steps * 150 and process.poll() is None: time.sleep(.002)
+                time.sleep(rng.uniform(0, .08))
             if process.poll() is not None: break
             process.kill()
             process.wait()

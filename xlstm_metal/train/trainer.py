@@ -169,10 +169,10 @@ def _problem(key: str, value) -> str | None:
 # %% ../../nbs/train/75_trainer.ipynb #t7500016
 @dataclass(kw_only=True)
 class TrainConfig(RunSettings, StepSettings, ModelSettings, DataSettings):
-    "All settings of a training run. Raises `TrainError`."
+    "All settings of a training run: those of `DataSettings`, `ModelSettings`, `StepSettings` and `RunSettings`. Raises `TrainError`."
     def __post_init__(self):
         self.data = [str(self.data)] if isinstance(self.data, (str, Path)) else [str(d) for d in self.data]
-        self.out, self.betas = str(self.out), list(self.betas)
+        self.out, self.betas = str(Path(self.out).expanduser()), list(self.betas)
         for f in fields(self):
             if reason := _problem(f.name, getattr(self, f.name)): raise TrainError(reason)
         if self.min_lr is not None and self.min_lr > self.lr: raise TrainError(f"min_lr must not be above lr, {self.lr}, but is {self.min_lr}")
@@ -768,7 +768,7 @@ class Run:
         config: TrainConfig, # what is trained, on what, how, and where results go
     ):
         from xlstm_metal.train.datasets import TokenDataset, packed
-        self.out = _writable(Path(config.out).expanduser())
+        self.out = _writable(Path(config.out))
         found, notes = newest_whole(self.out) or (None, {"step": 0, "tokens": 0, "position": 0, "best": None})
         dtype = config.dtype or (notes["config"]["dtype"] if found else str(as_dtype(None)).rpartition(".")[2])
         self.config = config = replace(config, dtype=dtype)
