@@ -16,6 +16,7 @@ _home = {
     "plot_surprise": "generation.memory_plots", "plot_state_norms": "generation.memory_plots",
     "convert": "model.convert", "save": "model.convert", "xLSTM": "model.lstm_layer",
     "fit": "train.train", "init_weights": "train.train", "lm_loss": "train.train", "make_optimizer": "train.train",
+    "Trainer": "train.trainer", "TrainConfig": "train.trainer",
 }
 __all__ = ["__version__", *_home]
 
