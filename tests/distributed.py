@@ -1,4 +1,5 @@
 """What each of several processes does; tests/test_distributed.py starts them: mlx.launch -n 2 python tests/distributed.py FOLDER PART ..."""
+import random
 import sys
 from pathlib import Path
 
@@ -46,6 +47,25 @@ def batches(group):
     step = train_step(model, make_optimizer(10, 1e-2, 1), group=group)
     losses = mx.stack([step(mx.array(rows)) for _ in range(4)])
     return dict(tree_flatten(model.parameters())) | {"losses": losses}
+
+
+def write_texts(folder):
+    folder.mkdir()
+    for j in range(24):
+        words = random.Random(j).choices(["def", "class", "return", "import", "self", "(x):", "\n    ", " = 0\n", "for i in"], k=300)
+        (folder / f"{j}.py").write_text(" ".join(words))
+
+
+def trainer(group, folder=None):
+    from xlstm_metal.train.trainer import TrainConfig, Trainer
+    folder = Path(folder or sys.argv[1])
+    config = TrainConfig(data=str(folder / "texts"), out=str(folder / "run"), vocab_size=280, dims=32, blocks=1, heads=2, length=24, batch=5, steps=10, warmup=2,
+                         lr=5e-3, log_every=1, evaluate_every=5, evaluate_tokens=200, save_every=5, dtype="float32", accumulate=2)
+    Trainer(config).run(5)
+    run = Trainer(config) # goes on from the checkpoint
+    assert run.done == 5
+    run.run()
+    return dict(tree_flatten(run.model.parameters())) | {"files": mx.array(len(list(run.out.glob("step-*"))))}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Two local processes on a ring of sockets compute and learn what one does."""
+import json
 import socket
 import subprocess
 import sys
@@ -23,8 +24,22 @@ def launch(folder, n, *parts):
     return {part: [mx.load(str(folder / f"{part}-{r}.safetensors")) for r in range(n)] for part in parts}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module")
-def two(tmp_path_factory): return launch(tmp_path_factory.mktemp("two"), 2, "forward", "backward", "batches")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("two")
+    distributed.write_texts(made / "texts")
+    return made
+
+
+@pytest.fixture(scope="module")
+def two(folder): return launch(folder, 2, "forward", "backward", "batches", "trainer")
 
 
 def close(a, b, bound):
@@ -67,3 +82,30 @@ def test_two_processes_train_as_one(two):
         for name, w in alone.items():
             if name != "losses": close(r[name], w, 2e-3)
     for name in alone: assert mx.array_equal(both[0][name], both[1][name]), name
+
+
+def test_a_trainer_on_two_processes_is_one_run(two, folder, tmp_path):
+    "Rows of a batch in two processes, five of them, and again after a checkpoint."
+    distributed.write_texts(tmp_path / "texts")
+    alone, both = distributed.trainer(None, tmp_path), two["trainer"]
+    def log(out): return [json.loads(line) for line in (out / "run" / "log.jsonl").read_text().splitlines()]
+    for a, b in zip(log(tmp_path), log(folder), strict=True):
+        for key in ("loss", "gradient_norm", "bits_per_byte", "tokens"): assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-4), (key, a, b)
+    for name, w in alone.items():
+        if name != "files":
+            for r in both: close(r[name], w, 2e-3)
+            assert mx.array_equal(both[0][name], both[1][name]), name
+    assert [r["files"].item() for r in both] == [2, 0] # the second process wrote nothing
+    assert {f.name for f in (folder / "run").iterdir()} == {f.name for f in (tmp_path / "run").iterdir()}
+
+
+def test_what_cannot_be_divided_is_refused(tmp_path):
+    from xlstm_metal.train.trainer import TrainConfig, TrainError, TrainingStep, make_model
+
+    class Three:
+        def size(self): return 3
+        def rank(self): return 0
+    config = TrainConfig(data="x", out="y", dims=32, blocks=1, heads=2, batch=2, dtype="float32")
+    with pytest.raises(TrainError, match="a batch of 2 rows cannot be divided among 3 machines"): TrainingStep(make_model(config, 300), config, Three())
+    with pytest.raises(TrainError, match="carry keeps the states of all rows"):
+        TrainingStep(make_model(config, 300), TrainConfig(**vars(config) | dict(batch=3, carry=True)), Three())

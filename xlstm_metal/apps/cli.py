@@ -225,10 +225,10 @@ def _cmd_train(args):
         warnings.showwarning = lambda message, *_: print(f"xlstm-metal: {message}", file=sys.stderr)
         try:
             trainer = Trainer(config_for(args.source, args.set))
-            print(trainer, flush=True)
+            if trainer.leads: print(trainer, flush=True)
             trainer.run()
         except (TrainError, DataError) as e: return _fail(e)
-    print(f"\n{trainer.sample()}\n\n{trainer.advice()}")
+    if trainer.leads: print(f"\n{trainer.sample()}\n\n{trainer.advice()}")
 
 # %% ../../nbs/apps/60_cli.ipynb #b327e53b
 def _model_or_sizes(args):

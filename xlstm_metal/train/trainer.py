@@ -8,7 +8,7 @@ __all__ = ['TrainError', 'DataSettings', 'ModelSettings', 'StepSettings', 'RunSe
            'checkpoints', 'damage', 'newest_whole', 'plot_log', 'describe', 'Run', 'SavedRun', 'Trainer', 'config_for']
 
 # %% ../../nbs/train/75_trainer.ipynb #t7500002
-import fcntl, json, math, os, re, shutil, signal, sys, threading, time, tomllib, typing, warnings, zlib
+import fcntl, json, math, os, re, shutil, signal, sys, tempfile, threading, time, tomllib, typing, warnings, zlib
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -19,6 +19,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import NamedTuple
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
@@ -331,12 +332,16 @@ class TrainingStep:
     Args:
         model: float32, trained in place
         config: of which all about the step is used
+        group: of machines, each of which takes its rows of a batch
     """
     def __init__(self,
         model: Model, # float32, trained in place
         config: TrainConfig, # of which all about the step is used
+        group: mx.distributed.Group | None = None, # of machines, each of which takes its rows of a batch
     ):
-        self.model, self.config, self.dtype = model, config, as_dtype(config.dtype)
+        self.model, self.config, self.dtype, self.group = model, config, as_dtype(config.dtype), group
+        if group and config.batch < group.size(): raise TrainError(f"a batch of {config.batch} rows cannot be divided among {group.size()} machines")
+        if group and config.carry: raise TrainError("carry keeps the states of all rows, and a checkpoint has those of one machine: train on one, or without")
         self.groups, self.schedule = same_inputs(model.eval()), learning_rate(config)
         self.looked_up = (f"{model.args.layout.embedding}.weight",) if "lm_head" in model else () # tied ones are a map as well
         self.states = _no_states(model, config.batch, self.dtype) if config.carry else []
@@ -365,7 +370,8 @@ class TrainingStep:
             number: of the step, counted from 1
         """
         settings = [o.advance() for o in our_optimizers(self.optimizer)], mx.array(number)
-        arrays = [tuple(map(mx.array, b)) for b in batches]
+        mine = slice(self.group.rank(), None, self.group.size()) if self.group else slice(None)
+        arrays = [tuple(mx.array(a[mine]) for a in b) for b in batches]
         if len(arrays) == 1: self._whole(arrays[0], *settings)
         else:
             sums = self._first(arrays[0])
@@ -397,6 +403,9 @@ def _gradients(step, batch): # ids, reset, mask (B, S + 1) -> sums of nats, toke
 
 def _updated(step, sums, settings, number):
     nats, tokens, gradients = sums
+    if step.group: # an average over machines is a sum of small messages in one
+        nats, tokens = mx.distributed.all_sum(mx.stack([nats, tokens]), group=step.group)
+        gradients = tree_map(lambda g: g * step.group.size(), nn.average_gradients(gradients, step.group))
     gradients = tree_map(lambda g: g / mx.maximum(tokens, 1), gradients)
     total = squares([g for _, g in tree_flatten(gradients)])
     for o, s in zip(our_optimizers(step.optimizer), settings): o.settings, o.clip = s, mx.concatenate([mx.array([step.config.max_norm]), total])
@@ -678,11 +687,11 @@ def describe(line: dict) -> str: # line: of a log
 def _in_notebook() -> bool: return type(getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()).__name__ == "ZMQInteractiveShell"
 
 class _Display:
-    def __init__(self, log: Log, first: int, last: int):
+    def __init__(self, log: Log, first: int, last: int, quiet: bool):
         from tqdm.auto import tqdm
         self.log, self.area = log, None
-        self.bar = tqdm(total=last, initial=first, unit="step", disable=not (_in_notebook() or sys.stderr.isatty()))
-        if _in_notebook():
+        self.bar = tqdm(total=last, initial=first, unit="step", disable=quiet or not (_in_notebook() or sys.stderr.isatty()))
+        if _in_notebook() and not quiet:
             from IPython.display import display
             from ipywidgets import Output
             display(area := Output())
@@ -757,6 +766,24 @@ def _bos(model: Model | None, tokenizer) -> int | None:
     own = model.args.bos_token_id if model else None
     return (tokenizer.bos_token_id if own is None else own) if wanted else None
 
+# %% ../../nbs/train/75_trainer.ipynb #0cdd3a8c
+def _machines() -> mx.distributed.Group | None: # None: this one is alone
+    group = mx.distributed.init()
+    return group if group.size() > 1 else None
+
+def _join(run: "Run"):
+    "Make every machine's run that of the first one."
+    group, first = run.group, run.group.rank() == 0
+    def of_first(a):
+        total = mx.distributed.all_sum(a if first else mx.zeros_like(a), group=group)
+        mx.eval(total) # one after the other, in the same order everywhere
+        return total
+    marks = mx.array([zlib.crc32(_content(run.data).encode()), zlib.crc32(run.tokenizer.backend_tokenizer.to_str().encode())], mx.int64)
+    for what, mark, its in zip(("text", "tokenizer"), marks.tolist(), of_first(marks).tolist()):
+        if mark != its: raise TrainError(f"the {what} of machine {group.rank()} is not that of the first one: they need the same files")
+    _go_on(run.step, {name: of_first(a) for name, a in sorted(_arrays(run.step).items())})
+    run.done, run.tokens, run.batches.position = of_first(mx.array([run.done, run.tokens, run.batches.position], mx.int64)).tolist()
+
 # %% ../../nbs/train/75_trainer.ipynb #t7500058
 class Run:
     """Model, text, step and log of a run, at its beginning or as its newest whole checkpoint has them.
@@ -768,13 +795,16 @@ class Run:
         config: TrainConfig, # what is trained, on what, how, and where results go
     ):
         from xlstm_metal.train.datasets import TokenDataset, packed
-        self.out = _writable(Path(config.out))
-        found, notes = newest_whole(self.out) or (None, {"step": 0, "tokens": 0, "position": 0, "best": None})
+        self.group = _machines()
+        self.leads = self.group is None or self.group.rank() == 0 # it writes what is written
+        self.own = None if self.leads else tempfile.TemporaryDirectory(prefix="xlstm-metal-") # goes when this object goes
+        self.out = _writable(Path(config.out)) if self.leads else Path(self.own.name)
+        found, notes = newest_whole(Path(config.out)) or (None, {"step": 0, "tokens": 0, "position": 0, "best": None})
         dtype = config.dtype or (notes["config"]["dtype"] if found else str(as_dtype(None)).rpartition(".")[2])
         self.config = config = replace(config, dtype=dtype)
         if found: _check_same(config, notes, found)
         self.done, self.tokens, self.best = (notes[k] for k in ("step", "tokens", "best"))
-        model, t = _begin(config, found)
+        model, t = _begin(replace(config, out=str(self.out)), found)
         self.tokenizer, self.bos, V = t, _bos(model, t), max(t.get_vocab().values()) + 1
         if model and V > model.args.vocab_size: raise TrainError(f"the tokenizer has {V:,} ids, the model {config.model} only {model.args.vocab_size:,}")
         self.data = TokenDataset.prepare(config.data, t, held_out=config.held_out, bos=False if self.bos is None else self.bos,
@@ -782,10 +812,11 @@ class Run:
         _check_text(config, self.data, notes, found)
         self.model = model or make_model(config, V, force_bos_token_insert=self.bos is not None,
                                          bos_token_id=t.bos_token_id, eos_token_id=t.eos_token_id, pad_token_id=t.pad_token_id)
-        self.step, self.log = TrainingStep(self.model, config), Log(self.out / "log.jsonl")
+        self.step, self.log = TrainingStep(self.model, config, self.group), Log(self.out / "log.jsonl")
         if found: _go_on(self.step, mx.load(str(found / "training.safetensors")))
-        mx.eval(self.step.kept) # a file is read when its numbers are needed, and may be gone then
         self.batches = packed(self.data.train, config.length, config.batch, config.seed, notes["position"], config.carry)
+        if self.group: _join(self)
+        mx.eval(self.step.kept) # a file is read when its numbers are needed, and may be gone then
 
     def __repr__(self):
         c = self.config
@@ -937,11 +968,11 @@ class Trainer(SavedRun):
             steps: further ones; None: to the end of the schedule
         """
         last = self.config.steps if steps is None else min(self.config.steps, self.done + steps)
-        with _alone(self.out), _own_random(self.step), _interrupts() as interrupts, closing(_Display(self.log, self.done, last)) as display, ExitStack() as ends:
+        with _alone(self.out), _own_random(self.step), _interrupts() as interrupts, closing(_Display(self.log, self.done, last, not self.leads)) as display, ExitStack() as ends:
             for f in self.out.glob("step-*.partial"): shutil.rmtree(f) # of a process that was killed
             self.log.cut(self.done)
-            self.clock, readers = (time.perf_counter(), self.tokens), [self.log.write, display.show, *_trackers(self.config, ends)]
-            while self.done < last and not interrupts:
+            self.clock, readers = (time.perf_counter(), self.tokens), [self.log.write, display.show, *_trackers(self.config, ends)] if self.leads else []
+            while self.done < last and not self._stops(interrupts):
                 batches = list(islice(self.batches, self.config.accumulate))
                 self.step(batches, self.done + 1)
                 self.done, self.tokens = self.done + 1, self.tokens + sum(int((b.mask & ~b.reset)[:, 1:].sum()) for b in batches)
@@ -949,14 +980,19 @@ class Trainer(SavedRun):
                 for line in self._due():
                     for read in readers: read(line)
                     self.clock = time.perf_counter(), self.tokens
-            kept = self.save()
-        if interrupts: raise KeyboardInterrupt(f"stopped after step {self.done}, which " + (f"was saved: xlstm-metal train {self.out} goes on" if kept else "could not be saved"))
+            kept = self.save() if self.leads else self.out
+        if self.done < last: raise KeyboardInterrupt(f"stopped after step {self.done}, which " + (f"was saved: xlstm-metal train {self.out} goes on" if kept else "could not be saved"))
         if kept is None: raise TrainError(f"step {self.done} could not be saved in {self.out}: make room and call save() again")
+
+    def _stops(self, interrupts: list) -> bool: # all machines after the same step
+        if self.group is None: return bool(interrupts)
+        return self.done % self.config.log_every == 0 and mx.distributed.all_sum(mx.array(len(interrupts)), group=self.group).item() > 0
 
     def _due(self): # yields lines of the log
         c, done, end = self.config, self.done, self.done == self.config.steps
         def due(every): return end or every and done % every == 0
         if due(c.log_every): yield _measured(self)
+        if not self.leads: return
         before = self.best
         if due(c.evaluate_every) and self.data.test.documents:
             found = self.evaluate()
