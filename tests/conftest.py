@@ -1,5 +1,10 @@
 "Set before MLX is imported anywhere: its CPU compiler takes seconds per kernel, and its own matrix products are slow."
+import ctypes
 import os
+import signal
+import threading
+import time
+from pathlib import Path
 
 os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1") # tests run side by side
@@ -7,3 +12,17 @@ os.environ["XLSTM_METAL_TUNED"] = os.devnull + "/none" # what this machine's own
 from xlstm_metal.blas import use_openblas # noqa: E402
 
 use_openblas()
+
+
+def _wake_threads():
+    "The C library of many Linux systems (glibc before 2.41, bug 25847) can lose the signal that ends a thread's waiting, and MLX waits for ever: any interruption mends it."
+    libc, threads = ctypes.CDLL(None), Path("/proc/self/task")
+    while True:
+        time.sleep(15)
+        for t in threads.iterdir(): libc.tgkill(os.getpid(), int(t.name), signal.SIGURG)
+
+
+def pytest_sessionstart(session):
+    if not Path("/proc/self/task").exists() or not hasattr(ctypes.CDLL(None), "tgkill"): return
+    signal.signal(signal.SIGURG, lambda *_: None)
+    threading.Thread(target=_wake_threads, daemon=True).start()

@@ -2,6 +2,7 @@
 import ctypes
 import fcntl
 import json
+import re
 import os
 import pty
 import resource
@@ -378,7 +379,9 @@ def test_score(tmp_path, capsys):
     rows = [(int(t), float(p), json.loads(s)) for t, p, s in (row.split("\t") for row in rows)]
     assert "".join(s for *_, s in rows[1:]) == text.read_text()
     assert last == str(score(*load(), text)) and f"{len(rows)} tokens" in last
-    assert abs(np.exp(-np.mean([p for _, p, _ in rows[1:]])) / float(last.split()[-1][:-1]) - 1) < 1e-3
+    perplexity, bits = (float(x) for x in re.search(r"perplexity ([\d.]+), ([\d.]+) bits per byte", last).groups())
+    assert abs(np.exp(-np.mean([p for _, p, _ in rows[1:]])) / perplexity - 1) < 1e-3
+    assert abs(-sum(p for _, p, _ in rows[1:]) / np.log(2) / len(text.read_bytes()) / bits - 1) < 1e-3
     r = run("score", "-f", "-", input=text.read_text())
     assert (r.stdout, r.stderr) == (last + "\n", "")
     assert "the text is empty" in refused("score", "-f", "-", input="")

@@ -486,7 +486,7 @@ def test_no_index_has_16_bits(name, monkeypatch):
     texts = [text, *(kernel_source(f"{h}.h") for h in kernel.includes)]
     assert not any(map(narrow_numbers, texts))
     sizes = dict(T=mx.float32, M=mx.float32, GATES=8, BIAS=True, TRANSPOSE=False, SLICES=8, ROWS=4, K=4, DH=9, THREADS=64, PER=1, RESIDENT=True, COLUMNS=4, BOUNDED=True)
-    types = dict(mask=mx.bool_, is_empty=mx.bool_)
+    types = dict(mask=mx.bool_, marks=mx.int32, is_empty=mx.bool_)
     assert host_module.metal_diagnostics(kernel, types, **sizes) == []
     m = re.search(r"\buint (\w+ = )([^;,]*\w [*+] [^;,]*)([;,])", text)
     line = text.count("\n", 0, m.start()) + 1

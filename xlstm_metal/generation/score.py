@@ -23,15 +23,23 @@ class Score:
         ids: (N,) int32, the tokens that were read
         logprobs: (N,) float32, natural logarithms; nan for the first token of a text, which nothing predicts
         state: behind the text
+        n_bytes: of the text in UTF-8; None: ids were given
     """
     ids: np.ndarray # (N,) int32, the tokens that were read
     logprobs: np.ndarray # (N,) float32, natural logarithms; nan for the first token of a text, which nothing predicts
     state: State # behind the text
+    n_bytes: int | None = None # of the text in UTF-8; None: ids were given
 
     @property
     def perplexity(self) -> float: return float(np.exp(-np.nanmean(self.logprobs, dtype=np.float64)))
+    @property
+    def bits_per_byte(self) -> float | None: # of the text; None: ids were given
+        "of the text; None: ids were given"
+        return None if self.n_bytes is None else float(-np.nansum(self.logprobs, dtype=np.float64) / np.log(2) / self.n_bytes)
 
-    def __repr__(self): return f"Score({len(self.ids):,} tokens, perplexity {self.perplexity:.4g})"
+    def __repr__(self):
+        bits = "" if self.n_bytes is None else f", {self.bits_per_byte:.3f} bits per byte"
+        return f"Score({len(self.ids):,} tokens, perplexity {self.perplexity:.4g}{bits})"
 
 # %% ../../nbs/generation/54_score.ipynb #a48b2539
 def _log_probs(logits: mx.array, ids: mx.array) -> mx.array: # (N, V), (N,) -> (N,) float32
@@ -86,6 +94,6 @@ def score(
             parts += read_scored(state, chunk[0])
             ids.append(chunk[0])
             show(sum(map(len, ids)), size)
-    s = Score(np.concatenate(ids), np.concatenate(parts), state)
+    s = Score(np.concatenate(ids), np.concatenate(parts), state, source.size if source.unit == "B" else None)
     if np.isnan(s.logprobs).all(): raise StateError("cannot score a single token: nothing comes before it")
     return s
