@@ -1,6 +1,7 @@
 "What mlx-lm does with a model, done with ours: batches, pieces, quantisation, adapters, copies; and its commands, one by one."
 import copy
 import json
+from pathlib import Path
 import math
 import os
 import pickle
@@ -249,14 +250,40 @@ def test_convert_quantize(tmp_path, capsys):
     assert main(["generate", "-p", "x", "-m", str(tmp_path / "q"), "--quantize", "4"]) == 2 and "quantised already" in capsys.readouterr().err
 
 
-def test_mlx_lora_and_fuse(mlx, home):
+@pytest.fixture
+def adapters(mlx):
+    "In that folder: adapters, and the model that they are fused with."
+    if Path("fused").exists(): return
     mlx("lora", "--model", "model", "--train", "--data", "data", "--iters", 6, "--batch-size", 2, "--num-layers", 2, "--max-seq-length", 48,
-              "--learning-rate", "3e-3", "--adapter-path", "adapters", "--steps-per-report", 3, "--steps-per-eval", 6, "--val-batches", 1)
+        "--learning-rate", "3e-3", "--adapter-path", "adapters", "--steps-per-report", 3, "--steps-per-eval", 6, "--val-batches", 1)
     mlx("fuse", "--model", "model", "--adapter-path", "adapters", "--save-path", "fused")
+
+
+def test_mlx_lora_and_fuse(adapters):
     from mlx_lm.utils import load
     adapted, fused, plain = load("model", adapter_path="adapters")[0], xm.load("fused")[0], xm.load("model")[0]
     ids = mx.array([[0, 5, 9, 300]])
     assert mx.abs(adapted(ids) - fused(ids)).max() < 1e-3 < mx.abs(adapted(ids) - plain(ids)).max()
+
+
+def test_commands_take_adapters(adapters, capfd, tmp_path):
+    from xlstm_metal.apps.cli import main
+    from xlstm_metal.wiring.run import layer_wiring
+    (tmp_path / "text").write_text("import os\nimport sys\n" * 8)
+    def score(*options):
+        code = main(["score", "-f", str(tmp_path / "text"), "--dtype", "float32", *options])
+        return code, capfd.readouterr()
+    got, fused, plain = (score(*o)[1].out for o in (("-m", "model", "--adapter-path", "adapters"), ("-m", "fused"), ("-m", "model")))
+    def bits(line): return float(line.split(" bits")[0].split()[-1])
+    assert abs(bits(got) - bits(fused)) <= .002 < abs(bits(got) - bits(plain))
+    assert main(["generate", "-m", "model", "--adapter-path", "adapters", "-p", "import", "--max-tokens", "3"]) == 0
+    capfd.readouterr()
+    code, said = score("-m", "model", "--adapter-path", str(tmp_path))
+    assert code == 2 and said.err == f"xlstm-metal: {tmp_path} holds no adapters: there is no adapter_config.json\n"
+    tokenizer = xm.load("model")[1]
+    xm.save(xm.Model(layer_wiring(["mlstm"], 32), 4096), tmp_path / "other", tokenizer)
+    code, said = score("-m", str(tmp_path / "other"), "--adapter-path", "adapters")
+    assert code == 2 and said.err.startswith("xlstm-metal: the adapters in adapters are not of this model: ") and said.err.count("\n") == 1
 
 
 def test_mlx_evaluate(mlx, home):

@@ -53,8 +53,12 @@ def _add_compute(add):
     add("--quantize", choices=_BITS, help="bits per weight while this runs (default: as stored)")
     add("--device", choices=("cpu", "gpu"), help="where to compute (default: a GPU if there is one)")
 
+def _add_adapters(add):
+    add("--adapter-path", metavar="FOLDER", help="adapters that xlstm-metal mlx lora has trained for the model")
+
 def _add_sampling(add):
     _add_compute(add)
+    _add_adapters(add)
     add("--max-tokens", type=int, default=256, metavar="N", help="generate at most N tokens (%(default)s)")
     add("--temperature", "-t", type=float, default=0., metavar="T", help="0 is greedy; higher is more random (%(default)s)")
     add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens only (%(default)s: all)")
@@ -83,6 +87,7 @@ def _add_info(add):
 
 def _add_score(add):
     _add_compute(add)
+    _add_adapters(add)
     add("--file", "-f", required=True, help="the text; - reads standard input")
     add("--load-state", metavar="FILE", help="score the text as the continuation of a saved state")
     add("--tokens", action="store_true", help="first print id, log-probability (natural) and text of each token")
@@ -292,6 +297,15 @@ def _cmd_generate(args):
         is_long = args.file or pieces and pieces[-1].prompt_tokens > 200
         if is_long and (hint := advice()): print(hint, file=sys.stderr)
 
+# %% ../../nbs/apps/60_cli.ipynb #b2cb1f34
+def _adapt(model, folder: str):
+    from xlstm_metal.generation.generate import GenerationError
+    from mlx_lm.tuner.utils import load_adapters
+    try: load_adapters(model, folder)
+    except (ValueError, KeyError, AttributeError, RuntimeError) as e:
+        raise GenerationError(f"the adapters in {folder} are not of this model: {str(e).splitlines()[-1].strip()}") from e
+    model.eval()
+
 # %% ../../nbs/apps/60_cli.ipynb #ee2dd013
 def _cmd_chat(args):
     "`generate` without what only a single text has."
@@ -302,7 +316,10 @@ def _load_runner(args):
     from xlstm_metal.generation.generate import GenerationError
     from xlstm_metal.generation.runner import xLSTMRunner
     _set_device(args.device)
+    if args.adapter_path and not (Path(args.adapter_path) / "adapter_config.json").is_file():
+        raise GenerationError(f"{args.adapter_path} holds no adapters: there is no adapter_config.json")
     runner = xLSTMRunner.from_pretrained(args.model, args.dtype, revision=args.revision, quantize=args.quantize)
+    if args.adapter_path: _adapt(runner.model, args.adapter_path)
     if runner.tokenizer is None: raise GenerationError(f"{args.model} has no tokenizer, so it cannot read or write text")
     if args.load_state: runner.state = runner.state.load(args.load_state, runner.model)
     return runner
