@@ -19,21 +19,19 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import NamedTuple
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from ..blocks.block import find_kind
 from ..files import CheckpointError
 from ..generation.compiled_step import same_inputs
-from ..metal import backend
 from ..model.checkpoint import as_dtype, load
 from ..model.config import xLSTMConfig
 from ..model.convert import save as save_model
 from ..model.model import Model
 from ..model.tokenizer import load_tokenizer
 from .data import held_out, train_tokenizer
-from .train import AdamW, _loss_by_rows, init_weights, our_optimizers, recomputed
+from .train import AdamW, init_weights, our_optimizers, predicted, recomputed, summed, token_losses
 from .training_kernels import joint_linear, squares
 from ..wiring.run import layer_names, layer_wiring
 from ..wiring.wiring import Neuron
@@ -314,10 +312,9 @@ def _set_random(key: mx.array): # key: (2,) uint32, the two halves of a seed
 # %% ../../nbs/train/75_trainer.ipynb #t7500031
 def _token_losses(model, ids, reset, cache=None, dtype=None): # ids, reset (B, S + 1); returns (B, S) nats
     "The surprise at each token but the first."
-    x, y = ids[:, :-1], ids[:, 1:].astype(mx.int32)
+    x = ids[:, :-1]
     x = model.hidden(x, cache, None, None if dtype is None else model.embeddings(x).astype(dtype), None if reset is None else reset[:, :-1])
-    rows = max(1, (2**31 // x.itemsize if backend() else 2**28) // model.args.vocab_size) # as in `lm_loss`
-    return _loss_by_rows(model, x.flatten(0, 1), y.flatten(), rows).reshape(y.shape)
+    return token_losses(model, x, ids[:, 1:])
 
 def _cache(model, states): # states: an array list for each neuron, or nothing
     if not states: return None
@@ -389,7 +386,7 @@ def _optimizer(config: TrainConfig): # as `make_optimizer` makes it, with anothe
 
 def _gradients(step, batch): # ids, reset, mask (B, S + 1) -> sums of nats, tokens, gradients
     ids, reset, mask = batch
-    masters, counted = step.model.trainable_parameters(), (mask & ~reset)[:, 1:] # nothing foretells the beginning of a text
+    masters, counted = step.model.trainable_parameters(), predicted(ids, mask, reset)
     def total(masters, states):
         step.model.update(rounded(step.model, step.dtype, masters, step.looked_up))
         cache = _cache(step.model, states)
@@ -403,9 +400,7 @@ def _gradients(step, batch): # ids, reset, mask (B, S + 1) -> sums of nats, toke
 
 def _updated(step, sums, settings, number):
     nats, tokens, gradients = sums
-    if step.group: # an average over machines is a sum of small messages in one
-        nats, tokens = mx.distributed.all_sum(mx.stack([nats, tokens]), group=step.group)
-        gradients = tree_map(lambda g: g * step.group.size(), nn.average_gradients(gradients, step.group))
+    if step.group: nats, tokens, gradients = summed(nats, tokens, gradients, step.group)
     gradients = tree_map(lambda g: g / mx.maximum(tokens, 1), gradients)
     total = squares([g for _, g in tree_flatten(gradients)])
     for o, s in zip(our_optimizers(step.optimizer), settings): o.settings, o.clip = s, mx.concatenate([mx.array([step.config.max_norm]), total])
