@@ -327,6 +327,7 @@ def _torch_peak(): # a dictionary, filled at the end
     yield peak
     if torch.cuda.is_available(): peak["peak_memory"] = torch.cuda.max_memory_allocated() / 1e9
 
+# %% ../../nbs/apps/64_bench.ipynb #cb2e0ca9
 def _torch_training(theirs, forward, vocab, rows, tokens, rounds=3): # forward: ids -> logits; the steps of `time_training`
     import torch
     device = next(theirs.parameters()).device
