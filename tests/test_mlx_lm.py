@@ -233,7 +233,7 @@ def test_mlx_convert(mlx, home):
 
 
 def test_convert_quantize(tmp_path, capsys):
-    assert main(["convert", str(BUNDLED), str(tmp_path / "q"), "--quantize", "mixed", "--measure", "600"]) == 0
+    assert main(["convert", str(BUNDLED), str(tmp_path / "q"), "--quantize", "mixed", "--measure", "4000"]) == 0
     out, err = capsys.readouterr()
     assert out.strip() == str(tmp_path / "q") and [line.split()[0] for line in err.splitlines()] == ["weights", "before", "after"]
     before, after = (float(line.split()[-1]) for line in err.splitlines()[1:])
