@@ -26,14 +26,14 @@ licences = {"NX-AI/xLSTM-7b": "the weights are under the NXAI Community License:
 patterns = ["*.json", "*.yaml", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 
 def resolve(
-    path: str | Path | None, # folder, hub id, or None for the bundled model
+    path: str | Path | None, # folder, hub id, or None or "bundled" for the bundled model
     revision: str | None = None, # branch, tag or commit on the hub
     token: str | None = None, # for private and gated repositories
 ) -> Path: # an existing folder
     """The folder of a checkpoint; downloads what the hub has and the cache has not.
 
     Args:
-        path: folder, hub id, or None for the bundled model
+        path: folder, hub id, or None or "bundled" for the bundled model
         revision: branch, tag or commit on the hub
         token: for private and gated repositories
 
@@ -43,6 +43,7 @@ def resolve(
     if path is None: return bundled
     if (folder := Path(path).expanduser()).is_dir(): return folder
     if folder.exists(): raise CheckpointError(f"{path} is a file; a checkpoint is the folder around it")
+    if str(path) == "bundled": return bundled
     if not hub_id.fullmatch(str(path)):
         raise CheckpointError(f"there is no folder {path}, and a hub id looks like owner/name")
     from huggingface_hub import snapshot_download, try_to_load_from_cache
@@ -57,7 +58,7 @@ def hub_errors(path, revision): # as for `resolve`
     """The hub's many exceptions, as one sentence each.
 
     Args:
-        path: folder, hub id, or None for the bundled model
+        path: folder, hub id, or None or "bundled" for the bundled model
         revision: branch, tag or commit on the hub
 
     Returns:

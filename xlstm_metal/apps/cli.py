@@ -50,7 +50,7 @@ _DTYPES, _BITS = ("float32", "bfloat16", "float16"), ("4", "8", "mixed")
 def _add_compute(add):
     _add_model(add)
     add("--dtype", choices=_DTYPES, help="of the weights (default: bfloat16 on a GPU, float32 on a CPU)")
-    add("--quantize", choices=_BITS, help="bits per weight while this runs (default: as stored)")
+    add("--quantize", choices=_BITS, help="bits per weight while this runs (default: as stored; on a CPU a small quantised model is unpacked)")
     add("--device", choices=("cpu", "gpu"), help="where to compute (default: a GPU if there is one)")
 
 def _add_adapters(add):
@@ -93,10 +93,11 @@ def _add_score(add):
     add("--tokens", action="store_true", help="first print id, log-probability (natural) and text of each token")
 
 def _add_convert(add):
-    add("source", help="folder, Hugging Face id, or a PyTorch pickle that holds plain tensors")
+    add("source", help="folder, Hugging Face id, PyTorch pickle that holds plain tensors, or bundled: the small model that comes with the package")
     add("out", help="a folder that does not exist yet")
     add("--to", choices=("hf", "nxai", "mlx"), help="layout of names and settings; mlx: for plain mlx-lm, with a model file (default: hf)")
     add("--quantize", choices=_BITS, help="bits per weight; implies --to mlx")
+    add("--dequantize", action="store_true", help="floats again of a quantised checkpoint, this package's or mlx-lm's")
     add("--measure", type=int, default=8192, metavar="N",
         help="evaluate a quantised copy and its source on N tokens of held-out text (%(default)s; 0: do not)")
     add("--chat-template", metavar="FILE", help="plain, or a file with a template, for a model that has none")
@@ -185,7 +186,7 @@ def _cmd_convert(args):
     "The new folder on standard output, what quantisation cost on standard error."
     from xlstm_metal.model.convert import convert
     from xlstm_metal.generation.quality import compare_models
-    out = convert(args.source, args.out, args.to, quantize=args.quantize, chat_template=args.chat_template, fused=args.fused,
+    out = convert(args.source, args.out, args.to, quantize=args.quantize, dequantize=args.dequantize, chat_template=args.chat_template, fused=args.fused,
                   recurrent=args.recurrent, dtype=args.dtype, config=args.config)
     print(out, flush=True)
     if args.quantize and args.measure > 0: print(compare_models(args.source, out, args.measure), file=sys.stderr)

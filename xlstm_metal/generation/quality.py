@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from ..files import CheckpointError, human
 from ..model.checkpoint import load
+from ..model.quantize import dequantize_modules
 from ..train.data import corpus, held_out
 from ..train.train import bits_per_byte
 
@@ -83,8 +84,9 @@ def evaluate(
 
 def _unpacked(model: nn.Module) -> nn.Module: # on a CPU, the same model with full weights
     if mx.default_device() != mx.Device(mx.cpu) or not model.args.quantization: return model
-    from mlx_lm.utils import dequantize_model
-    return dequantize_model(deepcopy(model))
+    full = deepcopy(model)
+    dequantize_modules(full)
+    return full
 
 # %% ../../nbs/generation/55_quality.ipynb #55a0c010
 def format_table(rows: dict[str, Quality]) -> str: # rows: name -> quality
@@ -118,7 +120,7 @@ def compare_models(
     """
     rows = {}
     for name, path in (("before", source), ("after", copy)):
-        try: model, tokenizer = load(path)
+        try: model, tokenizer = load(path, quantize="stored")
         except CheckpointError: continue # a pickle, which only `convert` reads
         rows[name] = evaluate(model, tokenizer, tokens)
         del model # before the next one

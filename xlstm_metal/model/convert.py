@@ -13,11 +13,11 @@ from mlx.utils import tree_flatten
 from ..blocks.block import find_kind
 from ..blocks.discovery import join_fused
 from ..files import (atomic_dir, check_output_dir, CheckpointError, read_headers, read_settings, resolve,
-    settings_file, Tensor, weight_files)
-from .checkpoint import as_dtype, build, check_structure, choose
+    settings_file, Tensor)
+from .checkpoint import as_dtype, build, check_structure, choose, read_weights
 from .config import large_settings, xLSTMConfig
 from .model import Model
-from .quantize import quantize_weights
+from .quantize import dequantize_modules, dequantize_weights, quantize_weights
 from .standalone import add_mlx_lm_files, template_text
 from .tokenizer import load_tokenizer
 
@@ -57,13 +57,13 @@ def read_pickle(file: Path) -> dict[str, mx.array]: # file: of PyTorch; returns 
 _names = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 
 def read_anything(
-    source: str | Path | None, # folder, hub id, or a pickle; None is the bundled model
+    source: str | Path | None, # folder, hub id, or a pickle; None or "bundled" is the bundled model
     config: str | Path | None = None, # config.json or config.yaml of a pickle that has none beside it
 ) -> tuple: # folder, configuration, name of its file, weights by their stored names, their headers
     """A checkpoint in whatever form. Raises `CheckpointError`.
 
     Args:
-        source: folder, hub id, or a pickle; None is the bundled model
+        source: folder, hub id, or a pickle; None or "bundled" is the bundled model
         config: config.json or config.yaml of a pickle that has none beside it
 
     Returns:
@@ -82,9 +82,7 @@ def read_anything(
     except CheckpointError: raise
     except (ValueError, TypeError) as e: raise CheckpointError(f"{f}: {e}") from e
     if file is None:
-        weights = {}
-        for g in weight_files(folder): weights |= mx.load(str(g))
-        tensors = read_headers(folder)
+        tensors, weights = read_headers(folder), read_weights(folder)
     else:
         weights = read_pickle(file)
         odd = [n for n, w in weights.items() if w.dtype not in _names]
@@ -122,9 +120,10 @@ def write_shards(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 # %% ../../nbs/model/47_convert.ipynb #f4b3ac94
-def _check_options(to, quantize, chat_template, fused, recurrent) -> str | None: # the template's text
+def _check_options(to, quantize, dequantize, chat_template, fused, recurrent) -> str | None: # the template's text
     for name, value, options in (("to", to, ("hf", "nxai", "mlx")), ("recurrent", recurrent, ("vanilla", "cuda"))):
         if value not in options: raise CheckpointError(f"{name} must be one of {', '.join(options)}, not {value!r}")
+    if quantize and dequantize: raise CheckpointError("quantize and dequantize exclude each other: twice rounded would be worse than once, so quantise the original")
     if quantize and to != "mlx": raise CheckpointError(f"quantize needs to='mlx', not {to!r}")
     if fused and to == "mlx": raise CheckpointError("fused projections are not supported by mlx-lm: leave out fused")
     try: return template_text(chat_template) if chat_template else None
@@ -139,37 +138,40 @@ def _check_kinds(c: xLSTMConfig): # a model file holds modules of the package
 
 # %% ../../nbs/model/47_convert.ipynb #270666e4
 def convert(
-    source: str | Path | None, # folder, hub id, or a pickle of PyTorch; None is the bundled model
+    source: str | Path | None, # folder, hub id, or a pickle of PyTorch; None or "bundled" is the bundled model
     out: str | Path, # a folder that does not exist yet, or is empty
     to: str | None = None, # "hf"; "nxai": the original package's names; "mlx": for plain mlx-lm, see `model.standalone`
     *,
     quantize: int | str | None = None, # 4, 8 or "mixed" bits for each weight, see `model.quantize`; `to` is then "mlx"
+    dequantize: bool = False, # floats again of a quantised checkpoint, this package's or mlx-lm's
     chat_template: str | Path | None = None, # "plain" or a file; None: the checkpoint's, if it has one
     fused: bool = False, # join queries, keys, values, gates as upstream's weight_mode "fused" does
     recurrent: str = "vanilla", # or "cuda": how NX-AI's form stores recurrent kernels
-    dtype: mx.Dtype | str | None = None, # float32, bfloat16, float16 (gates stay float32); None: as stored
+    dtype: mx.Dtype | str | None = None, # float32, bfloat16, float16 (gates stay float32); None: as stored, or as the scales of what is dequantised
     config: str | Path | None = None, # settings of a pickle that has none beside it
 ) -> Path: # the folder
     """Rewrite a checkpoint. Raises `CheckpointError` before anything is written; a folder appears whole or not at all.
 
     Args:
-        source: folder, hub id, or a pickle of PyTorch; None is the bundled model
+        source: folder, hub id, or a pickle of PyTorch; None or "bundled" is the bundled model
         out: a folder that does not exist yet, or is empty
         to: "hf"; "nxai": the original package's names; "mlx": for plain mlx-lm, see `model.standalone`
         quantize: 4, 8 or "mixed" bits for each weight, see `model.quantize`; `to` is then "mlx"
+        dequantize: floats again of a quantised checkpoint, this package's or mlx-lm's
         chat_template: "plain" or a file; None: the checkpoint's, if it has one
         fused: join queries, keys, values, gates as upstream's weight_mode "fused" does
         recurrent: or "cuda": how NX-AI's form stores recurrent kernels
-        dtype: float32, bfloat16, float16 (gates stay float32); None: as stored
+        dtype: float32, bfloat16, float16 (gates stay float32); None: as stored, or as the scales of what is dequantised
         config: settings of a pickle that has none beside it
 
     Returns:
         the folder
     """
     to = to or ("mlx" if quantize else "hf")
-    template, out = _check_options(to, quantize, chat_template, fused, recurrent), check_output_dir(out)
+    template, out = _check_options(to, quantize, dequantize, chat_template, fused, recurrent), check_output_dir(out)
     folder, c, file, weights, tensors = read_anything(source, config)
-    if c.quantization: raise CheckpointError(f"{source} is quantised; convert the original")
+    if c.quantization and not dequantize: raise CheckpointError(f"{source} is quantised: convert the original, or dequantize")
+    if dequantize and not c.quantization: raise CheckpointError(f"{source} is not quantised: leave out dequantize")
     if fused and c.layout.name != "large": raise CheckpointError("only models of the 7B form have projections to fuse")
     check_structure(tensors, c, file)
     if to == "mlx" and not c.vocab_size: raise CheckpointError("a model file for mlx-lm needs an embedding and a head; this checkpoint has blocks alone")
@@ -177,7 +179,9 @@ def convert(
     tokenizer = load_tokenizer(folder, c) if to == "mlx" else None
     model = build(c, tensors)
     weights = model.sanitize(weights)
-    if dtype is not None: weights = {n: w.astype(as_dtype(dtype) if model.cast_predicate(n) else mx.float32) for n, w in weights.items()}
+    dtype = dtype and as_dtype(dtype)
+    if dequantize: weights = dequantize_weights(weights, dequantize_modules(model), dtype)
+    if dtype: weights = {n: w.astype(dtype if model.cast_predicate(n) else mx.float32) for n, w in weights.items()}
     if quantize: weights = quantize_weights(weights, choose(model, quantize))
     if to == "nxai":
         try: weights = c.layout.to_upstream(weights, c, recurrent)
@@ -199,7 +203,7 @@ _upstream = {*large_settings, "embedding_dim", "num_blocks", "norm_reduction_for
 
 def _write_settings(folder: Path, c: xLSTMConfig, weights: dict, to: str = "hf", fused: bool = False):
     "The settings in the spelling of the layout; for the original packages also in the file that they read."
-    d = c.to_dict()
+    d = {k: v for k, v in c.to_dict().items() if k != "model_file"} # which comes with "mlx"
     if fused: d["weight_mode"] = "fused"
     kinds = [str(w.dtype).removeprefix("mlx.core.") for w in weights.values() if mx.issubdtype(w.dtype, mx.floating)]
     for key in {"torch_dtype", "dtype"} & d.keys(): d[key] = max(kinds, key=kinds.count)
