@@ -238,6 +238,9 @@ def test_convert_quantize(tmp_path, capsys):
     assert out.strip() == str(tmp_path / "q") and [line.split()[0] for line in err.splitlines()] == ["weights", "before", "after"]
     before, after = (float(line.split()[-1]) for line in err.splitlines()[1:])
     assert 1 < after / before < 1.05
+    assert main(["convert", "bundled", str(tmp_path / "small"), "--quantize", "4", "--measure", "64"]) == 0
+    assert len(capsys.readouterr().err.splitlines()) == 3
+    assert main(["convert", "bundled", str(tmp_path / "none"), "--quantize", "4"]) == 0 and capsys.readouterr().err == "" # nothing is measured
     assert (tmp_path / "q/model.safetensors").stat().st_size < .35 * (BUNDLED / "model.safetensors").stat().st_size
     texts = []
     for argv in (["--quantize", "mixed", "--dtype", "bfloat16"], ["-m", str(tmp_path / "q"), "--dtype", "bfloat16"]):

@@ -98,8 +98,8 @@ def _add_convert(add):
     add("--to", choices=("hf", "nxai", "mlx"), help="layout of names and settings; mlx: for plain mlx-lm, with a model file (default: hf)")
     add("--quantize", choices=_BITS, help="bits per weight; implies --to mlx")
     add("--dequantize", action="store_true", help="floats again of a quantised checkpoint, this package's or mlx-lm's")
-    add("--measure", type=int, default=8192, metavar="N",
-        help="evaluate a quantised copy and its source on N tokens of held-out text (%(default)s; 0: do not)")
+    add("--measure", type=_two_or_more, nargs="?", const=8192, metavar="TOKENS",
+        help="evaluate the copy and its source on this much held-out text (without a number: %(const)s; default: do not)")
     add("--chat-template", metavar="FILE", help="plain, or a file with a template, for a model that has none")
     add("--fused", action="store_true", help="fuse linear maps as upstream's weight_mode fused does")
     add("--recurrent", choices=("vanilla", "cuda"), default="vanilla",
@@ -136,9 +136,11 @@ def _add_bench(add):
     add("--picture", metavar="FILE", help="write a picture of it")
     add("--predict", action="store_true", help="instead: what the bandwidth of Apple's chips allows, without weights")
 
-def _positive(word: str) -> int:
-    if not word.isdigit() or not int(word): raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not {word!r}")
+def _positive(word: str, least: int = 1) -> int:
+    if not word.isdigit() or int(word) < least: raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more, not {word!r}")
     return int(word)
+
+def _two_or_more(word: str) -> int: return _positive(word, 2)
 
 # %% ../../nbs/apps/60_cli.ipynb #1f019fb7
 def main(
@@ -183,13 +185,14 @@ def _cmd_info(args):
 
 # %% ../../nbs/apps/60_cli.ipynb #a6bd5cc7
 def _cmd_convert(args):
-    "The new folder on standard output, what quantisation cost on standard error."
+    "The new folder on standard output, what it cost on standard error, if that is to be measured."
     from xlstm_metal.model.convert import convert
-    from xlstm_metal.generation.quality import compare_models
     out = convert(args.source, args.out, args.to, quantize=args.quantize, dequantize=args.dequantize, chat_template=args.chat_template, fused=args.fused,
                   recurrent=args.recurrent, dtype=args.dtype, config=args.config)
     print(out, flush=True)
-    if args.quantize and args.measure > 0: print(compare_models(args.source, out, args.measure), file=sys.stderr)
+    if args.measure:
+        from xlstm_metal.generation.quality import compare_models
+        print(compare_models(args.source, out, args.measure, progress=sys.stderr.isatty()), file=sys.stderr)
 
 # %% ../../nbs/apps/60_cli.ipynb #95023003
 def _check_output(path: Path): # of a file that will be written after long work

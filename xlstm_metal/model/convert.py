@@ -93,7 +93,7 @@ def read_anything(
 # %% ../../nbs/model/47_convert.ipynb #b85d8406
 def write_shards(
     folder: Path, # that exists
-    weights: dict[str, mx.array], # by name
+    weights: dict[str, mx.array], # by name; emptied, so that an array is in memory for as long as it takes to write its file
     to: str, # "nxai" counts shards from 0; else as Hugging Face does
     limit: float = 5e9, # bytes in one file, at most
 ):
@@ -101,22 +101,24 @@ def write_shards(
 
     Args:
         folder: that exists
-        weights: by name
+        weights: by name; emptied, so that an array is in memory for as long as it takes to write its file
         to: "nxai" counts shards from 0; else as Hugging Face does
         limit: bytes in one file, at most
     """
-    shards, size = [{}], 0
+    shards, size, total = [[]], 0, sum(w.nbytes for w in weights.values())
     for name, w in weights.items():
-        if size and size + w.nbytes > limit: shards.append({}); size = 0
-        shards[-1][name] = w
+        if size and size + w.nbytes > limit: shards.append([]); size = 0
+        shards[-1].append(name)
         size += w.nbytes
     def file(j): # NX-AI's package counts from 0 and knows no total
         if len(shards) == 1: return "model.safetensors"
         return f"model_{j}.safetensors" if to == "nxai" else f"model-{j + 1:05d}-of-{len(shards):05d}.safetensors"
-    for j, shard in enumerate(shards): mx.save_safetensors(str(folder / file(j)), shard, metadata={"format": "pt"})
+    for j, names in enumerate(shards):
+        shard = {name: weights.pop(name) for name in names}
+        for w in shard.values(): mx.eval(w) # one by one: what an array is made from is let go before the next is read
+        mx.save_safetensors(str(folder / file(j)), shard, metadata={"format": "pt"})
     if len(shards) > 1 and to != "nxai":
-        where = {name: file(j) for j, shard in enumerate(shards) for name in shard}
-        index = {"metadata": {"total_size": sum(w.nbytes for w in weights.values())}, "weight_map": where}
+        index = {"metadata": {"total_size": total}, "weight_map": {name: file(j) for j, names in enumerate(shards) for name in names}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 # %% ../../nbs/model/47_convert.ipynb #f4b3ac94
@@ -186,9 +188,10 @@ def convert(
     if to == "nxai":
         try: weights = c.layout.to_upstream(weights, c, recurrent)
         except ValueError as e: raise CheckpointError(str(e)) from e
+    weights = dict(sorted((join_fused(weights) if fused else weights).items()))
     with atomic_dir(out) as new:
-        write_shards(new, dict(sorted((join_fused(weights) if fused else weights).items())), to)
         _write_settings(new, c, weights, to, fused)
+        write_shards(new, weights, to)
         for f in folder.iterdir():
             if f.name.startswith(copied_files): shutil.copy(f, new)
         if template: (new / "chat_template.jinja").write_text(template)
@@ -243,7 +246,7 @@ def save(
     check_structure(headers, c := xLSTMConfig.from_dict(settings), "the configuration")
     _check_classes(model, build(c, headers))
     with atomic_dir(out) as new:
-        write_shards(new, weights, "hf")
         _write_settings(new, model.args, weights)
+        write_shards(new, weights, "hf")
         if tokenizer: tokenizer.save_pretrained(new)
     return out
