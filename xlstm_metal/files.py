@@ -23,7 +23,7 @@ bundled = (Path(__file__).parent if "__file__" in globals() else Path("../xlstm_
 hub_id = re.compile(r"\w[\w.-]*/[\w.-]+")
 licences = {"NX-AI/xLSTM-7b": "the weights are under the NXAI Community License: a commercial licence is needed above EUR 100 million of "
                              'yearly revenue, and copies must show "Built with technology from NXAI"'} # said before a download
-patterns = ["*.json", "*.yaml", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+patterns = ["*.json", "*.yaml", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja", "LICEN[CS]E*", "NOTICE*", "README.md"]
 
 def resolve(
     path: str | Path | None, # folder, hub id, or None or "bundled" for the bundled model

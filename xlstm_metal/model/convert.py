@@ -193,13 +193,14 @@ def convert(
         _write_settings(new, c, weights, to, fused)
         write_shards(new, weights, to)
         for f in folder.iterdir():
-            if f.name.startswith(copied_files): shutil.copy(f, new)
+            if f.is_file() and (f.name.lower().startswith(copied_files) or f.suffix == ".tiktoken"): shutil.copy(f, new)
         if template: (new / "chat_template.jinja").write_text(template)
         if to == "mlx": add_mlx_lm_files(new, c, tokenizer)
     return out
 
 # %% ../../nbs/model/47_convert.ipynb #1ea7528f
-copied_files = "tokenizer", "special_tokens", "vocab", "merges", "generation_config", "chat_template", "LICENSE" # how their names begin
+copied_files = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "generation_config", "chat_template",
+                "license", "licence", "notice", "readme") # how their names begin, in small letters
 
 _upstream = {*large_settings, "embedding_dim", "num_blocks", "norm_reduction_force_float32", "chunkwise_kernel", "sequence_kernel", "step_kernel",
              "mode", "return_last_states", "autocast_kernel_dtype", "inference_state_dtype"} - {"hidden_size", "num_hidden_layers", "max_inference_chunksize"}
