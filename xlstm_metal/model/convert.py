@@ -224,18 +224,30 @@ def _check_classes(model: Model, again: Model): # again: what `load` will make o
         if (other := inside.get(path)) is None or type(m).__name__ == type(other).__name__: continue # by name: a cell that ran again made it anew
         raise CheckpointError(f"{path} is a {type(m).__name__}, and a checkpoint would be loaded with {type(other).__name__} there: register a kind of block that has it (`block`)")
 
+def _savable(tokenizer, c: xLSTMConfig): # with `save_pretrained`
+    from tokenizers import Tokenizer
+    if hasattr(tokenizer, "save_pretrained"): return tokenizer
+    if not isinstance(tokenizer, Tokenizer):
+        raise CheckpointError(f"tokenizer must be from `load`, from `train_tokenizer`, or one of Hugging Face's, not {type(tokenizer).__name__}")
+    from transformers import PreTrainedTokenizerFast
+    eos = c.eos_token_id[0] if isinstance(c.eos_token_id, list) else c.eos_token_id
+    def name(id, usual): # usual: as `train_tokenizer` calls it
+        return tokenizer.id_to_token(id) if id is not None else usual if tokenizer.token_to_id(usual) is not None else None
+    names = dict(bos_token=name(c.bos_token_id, "<|endoftext|>"), eos_token=name(eos, "<|endoftext|>"), pad_token=name(c.pad_token_id, "<|padding|>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)
+
 # %% ../../nbs/model/47_convert.ipynb #990e9352
 def save(
     model: Model, # from `load`, or made here
     out: str | Path, # a folder that does not exist yet, or is empty
-    tokenizer=None, # from `load`
+    tokenizer=None, # from `load`, `train_tokenizer`, or Hugging Face's libraries
 ) -> Path: # the folder
     """Write a model with its wiring. Raises `CheckpointError`; a folder appears whole or not at all.
 
     Args:
         model: from `load`, or made here
         out: a folder that does not exist yet, or is empty
-        tokenizer: from `load`
+        tokenizer: from `load`, `train_tokenizer`, or Hugging Face's libraries
 
     Returns:
         the folder
@@ -246,8 +258,9 @@ def save(
     headers = {n: Tensor("memory", w.shape, "F32") for n, w in weights.items()}
     check_structure(headers, c := xLSTMConfig.from_dict(settings), "the configuration")
     _check_classes(model, build(c, headers))
+    if tokenizer is not None: tokenizer = _savable(tokenizer, c)
     with atomic_dir(out) as new:
         _write_settings(new, model.args, weights)
         write_shards(new, weights, "hf")
-        if tokenizer: tokenizer.save_pretrained(new)
+        if tokenizer is not None: tokenizer.save_pretrained(new)
     return out
