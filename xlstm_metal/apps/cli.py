@@ -9,6 +9,7 @@ __all__ = ['parser', 'main']
 import argparse, errno, json, os, sys
 from contextlib import contextmanager
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from ..blas import advice, use_openblas
 
@@ -88,8 +89,9 @@ def _add_info(add):
 def _add_score(add):
     _add_compute(add)
     _add_adapters(add)
-    add("--file", "-f", required=True, help="the text; - reads standard input")
-    add("--load-state", metavar="FILE", help="score the text as the continuation of a saved state")
+    add("--file", "-f", required=True, nargs="+", metavar="FILE", help="texts, or folders of them; - reads standard input")
+    add("--suffixes", nargs="+", metavar="S", help="of the files of a folder, as .py .md (default: all that are UTF-8 text)")
+    add("--load-state", metavar="FILE", help="score each text as the continuation of a saved state")
     add("--tokens", action="store_true", help="first print id, log-probability (natural) and text of each token")
 
 def _add_convert(add):
@@ -265,16 +267,49 @@ def _cmd_tune(args):
 
 # %% ../../nbs/apps/60_cli.ipynb #84c9235f
 def _cmd_score(args):
-    "A summary in one line, after a line per token with `--tokens`."
+    "A summary in one line, after a line per token with `--tokens`; of several texts or a folder a table."
+    from xlstm_metal.generation.generate import GenerationError
     from xlstm_metal.generation.score import score
-    stdin = args.file == "-"
-    _check_inputs(file=None if stdin else args.file, load_state=args.load_state)
-    text = _read_stdin() if stdin else Path(args.file)
-    runner = _load_runner(args)
+    from xlstm_metal.train.data import DataError
+    several = len(args.file) > 1 or Path(args.file[0]).is_dir()
+    if several and args.tokens: raise GenerationError("--tokens is for one text")
+    if args.suffixes and not any(Path(f).is_dir() for f in args.file): raise GenerationError("--suffixes is for folders")
+    _check_inputs(load_state=args.load_state)
+    for f in args.file:
+        if f != "-" and not Path(f).is_dir(): _check_inputs(file=f)
+    if several:
+        try: return _score_each(_texts(args.file, args.suffixes), args)
+        except DataError as e: return _fail(e)
+    text, runner = _read_stdin() if args.file == ["-"] else Path(args.file[0]), _load_runner(args)
     s = score(runner.model, runner.tokenizer, text, runner.state, progress=sys.stderr.isatty() or None)
     if args.tokens:
         for t, p in zip(s.ids.tolist(), s.logprobs): print(t, f"{p:.4f}", json.dumps(runner.tokenizer.decode([t])), sep="\t")
     print(s)
+
+# %% ../../nbs/apps/60_cli.ipynb #d5122c1f
+def _texts(files: list[str], suffixes): # a list of: name, text or path
+    "Files as they are, the documents of folders. The first document of each folder is read at once, so that an empty one is told."
+    from xlstm_metal.train.datasets import documents
+    def inside(folder):
+        found = documents(folder, suffixes=suffixes and tuple(suffixes))
+        return ((str(Path(folder) / name), text) for name, text in chain([next(found)], found))
+    return chain(*[inside(f) if Path(f).is_dir() else [(f, _read_stdin() if f == "-" else Path(f))] for f in files])
+
+def _score_each(texts, args):
+    "A line for each text, and one for all of them. A text that cannot be scored is left out, and said to be."
+    import warnings
+    from xlstm_metal.generation.score import score, table_head, table_row, Total
+    from xlstm_metal.generation.state_files import StateError
+    runner, total = _load_runner(args), Total()
+    print(table_head, flush=True)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"xlstm-metal: {message}", file=sys.stderr)
+        for name, text in texts:
+            try: total.add(s := score(runner.model, runner.tokenizer, text, runner.state))
+            except StateError as e: print(f"xlstm-metal: {name} is left out: {e}", file=sys.stderr)
+            else: print(table_row(name, s), flush=True)
+    if not total.texts: raise StateError("none of the texts could be scored")
+    print(table_row(f"all {total.texts}", total))
 
 # %% ../../nbs/apps/60_cli.ipynb #69f4e0df
 def _cmd_generate(args):
