@@ -450,8 +450,11 @@ def _wiring(path: str | None, revision: str | None, style: str) -> str: # folder
     try: found = AutoWiring(tensors)
     except WiringError as e: raise CheckpointError(f"{path or 'the bundled model'}: {e}") from e
     norm = [n for n in ("out_norm", "post_blocks_norm") if any(t.endswith(f"{n}.weight") for t in tensors)]
-    if found.vocab_size is None: return diagram(found, style, after=[*norm, "output"])
+    if wiring := config.wiring: # which states what no shape shows, too
+        for n in wiring.neurons: n.kwargs = found.neurons[n.weights].kwargs
+    wiring = wiring or found
+    if found.vocab_size is None: return diagram(wiring, style, after=[*norm, "output"])
     tied = found.tied or config.tie_word_embeddings and config.layout.name == "stack" # upstream stores a tied head a second time
     head = "the embeddings again" if tied else "lm_head"
-    return diagram(found, style, [f"ids ── embeddings {found.vocab_size} x {found.neurons[0].dims}"],
+    return diagram(wiring, style, [f"ids ── embeddings {found.vocab_size} x {found.neurons[0].dims}"],
                    [*norm, f"{head} ── logits {found.vocab_size}"])

@@ -23,7 +23,7 @@ from .config import xLSTMConfig
 from .model import Backbone, Model
 from .quantize import bit_allocation, dequantize_modules, dequantize_weights, quantize_modules, quantize_weights
 from .tokenizer import load_tokenizer
-from ..wiring.wiring import WiringError
+from ..wiring.wiring import check_wiring, Executable, WiringError
 
 # %% ../../nbs/model/46_checkpoint.ipynb #e59aaae9
 def read_config(
@@ -267,7 +267,7 @@ class Info:
         files: of tensors
         parameters: in all; of a quantised projection the numbers it stands for
         weight_bytes: as stored
-        decode_bytes: weights read for one token: all but the embedding table, which is looked up
+        decode_bytes: weights read for one token: of each block as often as it runs; not the embedding table, which is looked up
         state_bytes: per sequence, float32, at any length
     """
     name: str # folder or hub id
@@ -276,7 +276,7 @@ class Info:
     files: int # of tensors
     parameters: int # in all; of a quantised projection the numbers it stands for
     weight_bytes: int # as stored
-    decode_bytes: int # weights read for one token: all but the embedding table, which is looked up
+    decode_bytes: int # weights read for one token: of each block as often as it runs; not the embedding table, which is looked up
     state_bytes: int # per sequence, float32, at any length
 
     def __str__(self):
@@ -310,10 +310,13 @@ def info(
     if any("qkv_opreact" in n for n in tensors): layout.append("fused")
     if not head and table: layout.append("tied")
     if c.quantization: layout.append(f"quantised to {_bits_in(c.quantization)} bits")
-    weight_bytes = sum(t.nbytes for t in tensors.values())
+    weight_bytes, again = sum(t.nbytes for t in tensors.values()), 0
+    if c.wiring: # a block runs for each neuron that has its weights
+        times = Counter(n.weights for n in c.wiring.neurons)
+        again = sum((times[j] - 1) * sum(t.nbytes for t in block.values()) for j, block in by_block(tensors).items())
     return Info(name=str(path or "bundled model"), config=replace(c, tie_word_embeddings=not head), layout=", ".join(layout),
                 files=len({t.file for t in tensors.values()}), parameters=_count(tensors, c), weight_bytes=weight_bytes,
-                decode_bytes=weight_bytes - head * sum(t.nbytes for t in table), state_bytes=c.state_bytes)
+                decode_bytes=weight_bytes + again - head * sum(t.nbytes for t in table), state_bytes=c.state_bytes)
 
 # %% ../../nbs/model/46_checkpoint.ipynb #8b6d86db
 def _bits_in(q: dict) -> str: # quantization of a config
@@ -369,5 +372,19 @@ def _sizes(c: xLSTMConfig) -> dict: # blocks, width and heads, for people
         else: text = f"{NH} of {b.kwargs.get('inner_dims', b.dims) // NH} ({names.get(b.kind, b.kind)})"
         heads[text] = None
     if heads: rows["heads"] = ", ".join(heads)
-    if c.wiring: rows["wiring"] = f"{type(c.wiring).__name__} of {c.wiring.units} neurons"
+    if c.wiring: rows["wiring"] = f"{type(c.wiring).__name__} of {c.wiring.units} neurons, {_order(c.wiring, len(c.blocks))}"
     return rows
+
+def _order(wiring: Executable, n: int) -> str: # n: blocks that are stored
+    "Which blocks run, in which order; those of a stage, which do not wait for each other, are joined by `and`."
+    try: stages = [sorted(wiring.neurons[j].weights for scc in stage for j in scc) for stage in check_wiring(wiring)]
+    except WiringError as e: return f"which cannot run: {e}"
+    unused = sorted(set(range(n)) - {w for stage in stages for w in stage})
+    return f"which run blocks {_spans(stages)}" + f"; unused: {_spans([[j] for j in unused])}" * bool(unused)
+
+def _spans(stages: list[list[int]]) -> str: # 0, 1, 2, 5 is 0-2, 5
+    runs = []
+    for s in stages:
+        if runs and len(s) == 1 and runs[-1][-1] == [s[0] - 1]: runs[-1].append(s)
+        else: runs.append([s])
+    return ", ".join(f"{r[0][0]}-{r[-1][0]}" if len(r) > 2 else ", ".join(" and ".join(map(str, s)) for s in r) for r in runs)
