@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from ..blocks.block import BlockError
 from ..blocks.discovery import block_prefix, by_block, classify
-from ..files import (CheckpointError, bundled, hub_errors, hub_id, human, patterns, read_headers, read_settings,
+from ..files import (CheckpointError, bundled, hub_answers, hub_errors, hub_id, human, patterns, read_headers, read_settings,
     resolve, settings_file, Tensor, weight_files)
 from .config import xLSTMConfig
 from .model import Backbone, Model
@@ -351,6 +351,7 @@ def config_and_headers(
 def _from_hub(path, revision, token):
     "Config and headers of a hub checkpoint; the weights stay where they are."
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
+    if not hub_answers(): raise CheckpointError(f"{path} is no folder, is not in the local cache, and the hub cannot be reached")
     with hub_errors(path, revision):
         file = Path(hf_hub_download(path, "config.json", revision=revision, token=token))
         config, source = read_config(file.parent)
