@@ -41,6 +41,7 @@ from xlstm_metal.cells.mlstm_chunks import mlstm_chunkwise_plain  # noqa: E402
 from xlstm_metal.cells.mlstm import mlstm_parallel, mlstm_recurrent_plain, mlstm_step_plain  # noqa: E402
 from xlstm_metal.generation.score import score  # noqa: E402
 from xlstm_metal.files import bundled  # noqa: E402
+from xlstm_metal.model.convert import convert  # noqa: E402
 from xlstm_metal.train.train import lm_loss  # noqa: E402
 
 LIMITS = dict(logits=1e-4, state=1e-4, loss=1e-5, grad=1e-3)
@@ -505,7 +506,7 @@ CELLS = {
 BF16 = dict(batch=2, length=64, vocab=64, hidden_size=128, num_heads=4, num_hidden_layers=2, store=torch.bfloat16,
             grads=False)
 
-BUNDLED = dict(batch=1, length=150, vocab=4096, hidden_size=256, num_heads=4, num_hidden_layers=6)
+BUNDLED = dict(batch=1, length=150, vocab=4096, hidden_size=512, num_heads=4, num_hidden_layers=7)
 
 
 def draw_sizes(rng, family):
@@ -575,13 +576,15 @@ def long_chunks_row(row, folder, seed):
 
 
 def bundled_row(row, folder, seed):
-    "The model that comes with the package, which transformers reads from the same folder."
-    model = xLSTMForCausalLM.from_pretrained(bundled, dtype=torch.float32, autocast_kernel_dtype="float32").eval()
+    "The model that comes with the package, its 4-bit weights as the numbers they stand for: transformers reads that copy."
+    convert(None, (floats := Path(folder) / "floats"), dequantize=True, dtype="float32")
+    model = xLSTMForCausalLM.from_pretrained(floats, dtype=torch.float32, autocast_kernel_dtype="float32").eval()
     ids = tokens(seed, row.config["vocab"], row.config["batch"], row.config["length"])
     logits, cache = hf_run(model, ids)
     answer = Answer(ids, logits, list(cache.rnn_state.values()), prompt=row.config["length"] - STEPS)
     answer.greedy = hf_greedy(model, ids[:, :answer.prompt], STEPS)
     answer.loss, answer.grads = hf_gradients(model, ids)
+    compare(row, floats, answer)
     compare(row, bundled, answer)
 
 
