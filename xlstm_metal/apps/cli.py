@@ -129,6 +129,8 @@ def _add_bench(add):
     add("--batches", type=_positive, nargs="+", default=[1, 8], metavar="B", help="texts to write side by side (1 8)")
     add("--tokens", type=_positive, default=100, metavar="N", help="to write in each (%(default)s)")
     add("--training", type=_positive, nargs=2, metavar=("ROWS", "TOKENS"), help="measure a training step, too")
+    add("--lora", type=_positive, nargs="+", metavar=("ROWS", "TOKENS"), help="measure training steps of LoRA adapters, for one number of tokens or several")
+    add("--recompute", action="store_true", help="run blocks again for the gradient in these steps: less memory, a third more time")
     add("--compare", choices=("transformers", "nxai"), nargs="+", default=[], metavar="PROGRAM",
         help="measure other programs, too: transformers, with the same checkpoint; nxai, with weights of the same sizes")
     add("--json", metavar="FILE", help="write the report")
@@ -205,6 +207,8 @@ def _cmd_bench(args):
     from xlstm_metal.model.checkpoint import config_and_headers
     from xlstm_metal.model.model import Model
     for path in filter(None, (args.json, args.picture)): _check_output(Path(path))
+    if args.lora and len(args.lora) < 2: raise GenerationError("--lora needs rows and tokens, as in --lora 1 2048")
+    if args.recompute and not (args.lora or args.training): raise GenerationError("--recompute is of training steps: it needs --training or --lora")
     if args.sizes and (args.model or "transformers" in args.compare): raise GenerationError("--sizes takes random weights: leave out --model and --compare transformers")
     if args.predict and not args.sizes: return print(predict(Model(config_and_headers(args.model, args.revision)[0])))
     if args.predict: return print(predict(unread_model(*args.sizes)))
@@ -213,7 +217,7 @@ def _cmd_bench(args):
     if "nxai" in args.compare: nxai_sizes(model) # before minutes of work
     how = dict(prompts=args.prompts, n=args.tokens, training=args.training)
     name = " x ".join(map(str, args.sizes)) if args.sizes else args.model or "bundled model"
-    report = bench(model, name, batches=args.batches, **how)
+    report = bench(model, name, batches=args.batches, adapters=[(args.lora[0], n) for n in args.lora[1:]] if args.lora else (), recompute=args.recompute, **how)
     for program in args.compare: report["rows"] += compare(program, model, args.model or bundled, report["dtype"].split(".")[-1], **how)
     print(report)
     if args.json: Path(args.json).write_text(json.dumps(report, indent=1))
