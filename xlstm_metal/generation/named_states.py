@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
-import mlx.core as mx
 from ..model.model import Model
-from .checkpoints import Origin, Store, remove_leftovers
+from .checkpoints import Origin, remove_leftovers, state_bytes, Store
 from .state_files import StateError, fingerprint, read_notes
 from .state import State
 
@@ -160,9 +159,7 @@ class NamedStates(StateFolder):
     ):
         super().__init__(model, folder, store)
         self.max_states, self.max_bytes = max_states, max_bytes
-        probe = State(model)
-        probe.forward(mx.zeros((1, 1), mx.int32)) # nothing is computed
-        self.least = probe.nbytes + probe.logits.nbytes # bytes of any state
+        self.least = state_bytes(model) + 4 * model.args.vocab_size # bytes of any file
         self._reserved, self._lock = {}, Lock()
 
     @contextmanager
@@ -200,7 +197,7 @@ class NamedStates(StateFolder):
             name: that `writing` has reserved
             state: that stays as it is
         """
-        self._reserve(name, state.nbytes + self.least // 100) # with attention it has grown
+        self._reserve(name, state.nbytes + 4 * self.model.args.vocab_size) # with attention it has grown
         with _by_name(self.path(name)): state.save(self.path(name))
         return self.info(name)
 
