@@ -505,6 +505,7 @@ class StatesHandler(CheckingHandler):
 
     @contextmanager
     def _using_state(self, name: str | None, save: str | None): # gives what is to be called with prompt and answer
+        if name is not None or save is not None: _check_page(self.headers, self.response_generator.cli_args)
         self.task, generator = self._origin(name), self.response_generator
         if save is None: yield None
         else:
@@ -598,9 +599,12 @@ def _check_access(command: str, path: str, headers, args) -> bool: # args: of th
     if args.api_key and command != "OPTIONS" and path != "/health":
         given, wanted = headers.get("Authorization", ""), f"Bearer {args.api_key}"
         _require(hmac.compare_digest(given.encode(), wanted.encode()), "the API key is missing or wrong", 401)
-    if path.startswith("/v1/states") and not args.api_key:
-        _require((origin := headers.get("Origin")) is None or origin in args.allowed_origins, f"pages of {origin} may not use states here: see --allowed-origins", 403)
+    if path.startswith("/v1/states"): _check_page(headers, args)
     return True
+
+def _check_page(headers, args): # args: of the command line
+    origin = headers.get("Origin") # what a browser says
+    _require(args.api_key or origin is None or origin in args.allowed_origins, f"pages of {origin} may not use states here: see --allowed-origins", 403)
 
 def _is_local(host: str) -> bool:
     try: return host == "localhost" or ipaddress.ip_address(host).is_loopback
