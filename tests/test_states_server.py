@@ -106,6 +106,18 @@ def test_second_question_in_a_chat(server, loaded, before):
         assert known(r.usage, document) >= (.95 if n else 0)
 
 
+def test_second_question_behind_a_state(server, loaded):
+    "What continues a state has checkpoints, too, and a state that is made again finds them."
+    server.create("before", "import os\n")
+    for n, question in enumerate(QUESTIONS):
+        r = server.ask(f"{DOCUMENT}\n\nQuestion: {question}", "before")
+        assert r.usage.prompt_tokens_details.cached_tokens > (.95 * (r.usage.prompt_tokens - 25) if n else 0)
+        assert r.choices[0].text.strip() == alone(loaded, f"import os\n{DOCUMENT}\n\nQuestion: {question}")
+        server.states("delete", "before")
+        server.create("before", "import os\n")
+    server.states("delete", "before")
+
+
 def test_one_system_prompt_for_different_messages(server, loaded):
     model, tokenizer = loaded
     system = SOURCE.read_text()[5000:7000]
@@ -311,7 +323,7 @@ def test_two_writers(server, loaded):
         try: return client.post("/states", cast_to=object, body=dict(name="one", text=f"number = {n}\n" * 40))["tokens"]
         except APIStatusError as e: return e.status_code
     with ThreadPoolExecutor(8) as pool: got = list(pool.map(create, range(8)))
-    assert sorted(got)[1:] == [409] * 7 and min(got) == server.names()["one"]["tokens"] or got.count(409) == 7
+    assert got.count(409) == 7 and server.names()["one"]["tokens"] in got
     def save(n):
         try: return server.ask(f"# {n}\n", "one", "one", n=20).usage.total_tokens
         except APIStatusError as e: return (e.status_code, str(e))
@@ -390,4 +402,8 @@ def test_seeded_requests_use_states(server, loaded):
     r = server.ask("\n\ndef", "seeded", "after", seed=1)
     assert r.choices[0].text.strip() == alone(loaded, DOCUMENT + "\n\ndef") and r.usage.prompt_tokens_details.cached_tokens > 500
     assert server.names()["after"]["tokens"] == r.usage.total_tokens
+    model, tokenizer = loaded
+    cold, saved = State(model).prefill(DOCUMENT, tokenizer, None), State.load(server.folder / "after.state", model)
+    xm.generate(model, tokenizer, "\n\ndef", state=cold, max_tokens=12)
+    assert saved.counts == cold.counts and mx.abs(saved.logits - cold.logits).max() < 1e-3
     for name in ("seeded", "after"): server.states("delete", name)

@@ -517,9 +517,8 @@ class StatesHandler(CheckingHandler):
 
     def _create(self, name: str, text: str | None, after: str | None = None):
         _require(text is None or text, "the text is empty")
-        with self.states.writing(name):
-            task = self._origin(after)
-            self._answer(200, _describe(self._write(name, task.state if text is None else self._read(text, task))))
+        if text is None: return self._answer(200, _describe(self.states.fork(after, name)))
+        with self.states.writing(name): self._answer(200, _describe(self._write(name, self._read(text, self._origin(after)))))
 
     def _upload(self, name: str, first: bytes, length: int): # first: bytes of the file that were received already
         part = self.states.folder / f".{uuid.uuid4().hex}.safetensors"
@@ -529,7 +528,8 @@ class StatesHandler(CheckingHandler):
                     f.write(first)
                     while f.tell() < length and (more := self.rfile.read(min(1 << 20, length - f.tell()))): f.write(more)
                     _require(f.tell() == length, "the request body is shorter than its Content-Length")
-                self._answer(200, _describe(self.response_generator.do(lambda: self.states.write(name, State.load(part, self.states.model)))))
+                self.response_generator.do(lambda: State.load(part, self.states.model) and None) # all of it is in order
+                self._answer(200, _describe(self.states.copy_in(name, part)))
             except StateError as e: raise type(e)(str(e).replace(str(part), "the uploaded file")) from e
             finally: part.unlink(missing_ok=True)
 
