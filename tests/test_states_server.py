@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from openai import APIStatusError, OpenAI
+from openai import APIError, APIStatusError, OpenAI
 from test_server import Running
 
 import xlstm_metal as xm
@@ -240,7 +240,7 @@ def test_a_conversation_under_a_name(server, loaded, stream):
     server.states("delete", "talk")
 
 
-def test_one_format_everywhere(server, loaded, tmp_path):
+def test_one_format_everywhere(server, loaded, folder, tmp_path):
     "A state goes from Python to the server, from there to a file, from there to the terminal, and back."
     model, tokenizer = loaded
     book = State(model).prefill(DOCUMENT, tokenizer, None)
@@ -257,7 +257,13 @@ def test_one_format_everywhere(server, loaded, tmp_path):
     assert server.ask("\n\ndef", "python").choices[0].text.strip() == want
     NamedStates(model, server.folder).put("python", State(model).prefill("import os\n", tokenizer, None), replace=True)
     assert server.ask("\n\ndef", "python").choices[0].text.strip() == alone(loaded, "import os\n\n\ndef")
-    for name in ("theirs", "python"): server.states("delete", name)
+    def terminal(*argv): return subprocess.run([sys.executable, "-m", "xlstm_metal", "state", *argv, "--folder", server.folder], capture_output=True, text=True, timeout=60)
+    listed = [line.split("\t") for line in terminal("list").stdout.splitlines()]
+    assert {n: (int(tokens), int(size)) for n, tokens, size in listed} == {n: (s["tokens"], s["bytes"]) for n, s in server.names().items()}
+    r = terminal("ask", "theirs", "--prompt", "\n\ndef", "--max-tokens", "12", "--model", folder, "--dtype", "float32", "--save-as", "terminal")
+    assert r.stdout.strip() == want and server.names()["terminal"]["tokens"] > book.tokens + 12, r.stderr
+    for name in ("theirs", "python", "terminal"): server.states("delete", name)
+    assert terminal("ask", "theirs", "-p", "x").stderr == "xlstm-metal: there is no state 'theirs'\n"
 
 
 def test_bad_input(server, loaded, tmp_path):
@@ -314,6 +320,23 @@ def test_an_upload_that_breaks_off(server):
     end = time.time() + 30
     while list(server.folder.glob(".broken.lock")): assert time.time() < end or time.sleep(.1)
     assert "broken" not in server.names() and not list(server.folder.glob(".*"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_state_that_cannot_be_written(folder, tmp_path, stream):
+    "The disk fails between question and answer: the client hears of it, and the old state is there."
+    running = Served("--model", folder, "--state-folder", tmp_path / "a")
+    running.create("talk", "import os\n")
+    before, move = (tmp_path / "a" / "talk.state").read_bytes(), threading.Timer(.7, lambda: (tmp_path / "a").rename(tmp_path / "b"))
+    move.start()
+    with pytest.raises(APIError) as e:
+        r = running.ask("\ndef", "talk", "talk", n=600, stream=stream)
+        for chunk in r if stream else (): pass
+    assert "'talk'" in str(e.value) and "written" in str(e.value) and str(tmp_path) not in str(e.value)
+    assert (tmp_path / "b" / "talk.state").read_bytes() == before
+    (tmp_path / "b").rename(tmp_path / "a")
+    assert running.ask("\ndef", "talk", "talk").usage.completion_tokens == 12
+    assert "Traceback" not in running.stop()
 
 
 def test_two_writers(server, loaded):

@@ -27,7 +27,7 @@ from mlx_lm.utils import _parse_size
 from ..model.model import Model
 from ..model.tokenizer import encode
 from ..generation.state_files import StateError
-from ..generation.state import check_utf8, State
+from ..generation.state import State
 from ..generation.checkpoints import blank_lines, Checkpoints, common_prefix, Origin, state_bytes
 from ..generation.named_states import check_name, NamedStates, NoRoom, StateConflict, StateInfo, UnknownState
 
@@ -490,7 +490,7 @@ class StatesHandler(CheckingHandler):
 
     def _origin(self, name: str | None) -> Task: # a task that goes on from a state
         if name is None: return Task()
-        return self.response_generator.do(lambda: Task(self.states.origin(name), self.states.get(name)))
+        return self.response_generator.do(lambda: Task(*self.states.open(name)))
 
     def _read(self, source: str | list[int], task: Task) -> State:
         "Read a text or ids in the thread that answers, with whatever else is read there."

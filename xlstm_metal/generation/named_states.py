@@ -118,6 +118,26 @@ class StateFolder:
         if not self.notes.items() <= notes.items(): raise StateError(f"the state {name!r} is of another model")
         return StateInfo(name, sum(json.loads(notes["tokens"])), stat.st_size, stat.st_mtime, notes["checksum"])
 
+    def open(self, name: str) -> tuple[Origin, State]: # name: of a state; returns what prompts with checkpoints continue, and a fork
+        """A state, and which one it is. Raises as `info`.
+
+        Args:
+            name: of a state
+
+        Returns:
+            what prompts with checkpoints continue, and a fork
+        """
+        if self.model is None: raise StateError(f"the state {name!r} cannot be read without its model")
+        while True:
+            info = self.info(name)
+            if (state := self.store.get(info.id)) is None:
+                with _by_name(self.path(name)): state = State.load(self.path(name), self.model)
+                if self.info(name).id != info.id: continue # somebody has replaced it
+                self.store.put(info.id, state, write=False)
+            try: os.utime(self.path(name))
+            except OSError: pass # of another user, or gone
+            return Origin(info.id, info.tokens), state
+
     def get(self, name: str) -> State: # name: of a state; returns a fork
         """A state. Raises as `info`.
 
@@ -127,22 +147,7 @@ class StateFolder:
         Returns:
             a fork
         """
-        if self.model is None: raise StateError(f"the state {name!r} cannot be read without its model")
-        id = self.info(name).id
-        if (state := self.store.get(id)) is None:
-            with _by_name(self.path(name)): state = State.load(self.path(name), self.model)
-            self.store.put(id, state, write=False)
-        os.utime(self.path(name))
-        return state
-
-    def origin(self, name: str) -> Origin: # name: of a state
-        """The state as what prompts with checkpoints continue. Raises as `info`.
-
-        Args:
-            name: of a state
-        """
-        info = self.info(name)
-        return Origin(info.id, info.tokens)
+        return self.open(name)[1]
 
 @contextmanager
 def _by_name(path: Path):
