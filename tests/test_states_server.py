@@ -334,6 +334,10 @@ def test_a_state_that_cannot_be_written(folder, tmp_path, stream):
         for chunk in r if stream else (): pass
     assert "'talk'" in str(e.value) and "written" in str(e.value) and str(tmp_path) not in str(e.value)
     assert (tmp_path / "b" / "talk.state").read_bytes() == before
+    refused(400, "the state 'new' cannot be written: No such file", running.create, "new", "x")
+    status, said = running.raw("PUT", "/v1/states/new", before)
+    assert status == 400 and "the state 'new' cannot be written: No such file" in said.decode()
+    refused(404, "there is no state 'talk'", running.ask, "x", "talk")
     (tmp_path / "b").rename(tmp_path / "a")
     assert running.ask("\ndef", "talk", "talk").usage.completion_tokens == 12
     assert "Traceback" not in running.stop()

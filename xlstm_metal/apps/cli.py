@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         s.set_defaults(run=run)
         add_options(s.add_argument)
     s = sub.add_parser("state", help="states by name: read a text once, ask about it for ever")
-    _add_state(s.add_subparsers(dest="does", required=True, metavar="list|create|ask|fork|save|load|delete"))
+    _add_state(s.add_subparsers(dest="does", required=True, metavar="list|create|ask|fork|save|load|delete", help="what to do"))
     s = sub.add_parser("mlx", help="a command of mlx-lm, with xLSTM; see xlstm-metal mlx --help", add_help=False,
                        prefix_chars="\0") # all options are for mlx-lm's own parser
     s.set_defaults(run=_cmd_mlx)
@@ -120,7 +120,7 @@ def _add_state(sub): # of the command
             ("delete", "NAME", "delete a state", lambda add: None)):
         s = sub.add_parser(does, help=help, description=help)
         s.set_defaults(run=_cmd_state, load_state=None, adapter_path=None)
-        for name in names.split(): s.add_argument(name.lower())
+        for name in names.split(): s.add_argument(name.lower(), help=dict(NAME="of a state", NEW="name of the copy", FILE="a state file")[name])
         s.add_argument("--folder", metavar="FOLDER", help="where states are kept, as for the server's --state-folder (default: XLSTM_METAL_STATES, or in the user's data)")
         add_options(s.add_argument)
 

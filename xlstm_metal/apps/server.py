@@ -531,10 +531,14 @@ class StatesHandler(CheckingHandler):
                 self.response_generator.do(lambda: State.load(part, self.states.model) and None) # all of it is in order
                 self._answer(200, _describe(self.states.copy_in(name, part)))
             except StateError as e: raise type(e)(str(e).replace(str(part), "the uploaded file")) from e
+            except (TimeoutError, ConnectionError): raise # of the client
+            except OSError as e: raise StateError(f"the state {name!r} cannot be written: {e.strerror}") from e
             finally: part.unlink(missing_ok=True)
 
     def _send(self, info: StateInfo):
-        with open(self.states.path(info.name), "rb") as f: # stays this file, whatever happens to the name
+        try: f = open(self.states.path(info.name), "rb") # stays this file, whatever happens to the name
+        except OSError as e: raise UnknownState(f"there is no state {info.name!r}") from e # now
+        with f:
             self.send_response(200)
             self.send_header("Content-Type", "application/octet-stream")
             self.send_header("Content-Length", str(os.fstat(f.fileno()).st_size))

@@ -319,7 +319,8 @@ def _copy(old: Path, new: Path):
 def _locked(path: Path, name: str):
     "Hold a lock on a file that is there for nothing else."
     while True:
-        with open(path, "w") as lock:
+        with _as_errors(f"the state {name!r}"): lock = open(path, "w")
+        with lock:
             try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError: raise StateConflict(f"the state {name!r} is being written by somebody else") from None
             if not path.exists() or path.stat().st_ino != os.fstat(lock.fileno()).st_ino: continue # whoever held it has just removed it
