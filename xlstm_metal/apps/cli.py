@@ -119,13 +119,14 @@ def _add_state(sub): # of the command
             ("load", "NAME FILE", "keep a copy of a state file under a name", lambda add: None),
             ("delete", "NAME", "delete a state", lambda add: None)):
         s = sub.add_parser(does, help=help, description=help)
-        s.set_defaults(run=_cmd_state, load_state=None, adapter_path=None)
+        s.set_defaults(run=_cmd_state, load_state=None)
         for name in names.split(): s.add_argument(name.lower(), help=dict(NAME="of a state", NEW="name of the copy", FILE="a state file")[name])
         s.add_argument("--folder", metavar="FOLDER", help="where states are kept, as for the server's --state-folder (default: XLSTM_METAL_STATES, or in the user's data)")
         add_options(s.add_argument)
 
 def _add_create(add):
     _add_compute(add)
+    _add_adapters(add)
     add("--file", "-f", help="the text, of any length")
     add("--text", metavar="TEXT", help="the same on the command line; - reads standard input")
     add("--from", dest="after", metavar="NAME", help="a state that the text continues")
