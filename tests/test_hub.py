@@ -2,9 +2,11 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -121,6 +123,29 @@ def test_no_such_model_and_no_hub(hub):
     assert "hub cannot be reached" in python(hub, SAYS.format("someone/tiny", ""), HF_HUB_OFFLINE="1").stdout
     hub.shutdown(); hub.server_close()
     assert "hub cannot be reached" in python(hub, SAYS.format("someone/tiny", "")).stdout
+
+
+@pytest.mark.parametrize("argv", [("generate", "-p", "x", "-m", "someone/tiny"), ("info", "-m", "someone/tiny"), ("convert", "someone/tiny", "out")], ids=lambda a: a[0])
+def test_without_a_hub_there_is_one_sentence_at_once(tmp_path, argv):
+    with socket.socket() as s: # nobody listens there afterwards
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    def timed(*argv):
+        start = time.perf_counter()
+        return subprocess.run([sys.executable, "-m", "xlstm_metal", *argv], capture_output=True, text=True, env=env, timeout=120, cwd=tmp_path), time.perf_counter() - start
+    _, known = timed("info", "-m", "bundled") # most of it is imports
+    r, took = timed(*argv)
+    assert (r.returncode, r.stdout) == (2, "") and r.stderr.count("\n") == 1 and "the hub cannot be reached" in r.stderr, r.stderr
+    assert took < known + 2, (took, known)
+
+
+def test_a_cached_model_needs_no_hub(hub):
+    assert python(hub, LOAD.format("someone/tiny", "")).returncode == 0
+    hub.shutdown(); hub.server_close()
+    start = time.perf_counter()
+    r = python(hub, LOAD.format("someone/tiny", ""))
+    assert r.returncode == 0 and r.stdout.startswith("80 ") and "Retrying" not in r.stderr and time.perf_counter() - start < 10, r.stderr
 
 
 def test_info_takes_headers_only(hub):

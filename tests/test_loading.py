@@ -4,9 +4,11 @@ import threading
 
 import mlx.core as mx
 import numpy as np
+import pytest
 from mlx.utils import tree_flatten
 from safetensors.numpy import save_file
 
+from xlstm_metal.model import convert
 from xlstm_metal.model.checkpoint import load
 from xlstm_metal.model.config import xLSTMConfig
 from xlstm_metal.model.model import Model
@@ -30,6 +32,20 @@ def test_peak_is_the_model_and_one_shard(tmp_path):
     after, peak = mx.get_active_memory() - before, mx.get_peak_memory() - before
     assert after < .55 * stored             # bfloat16 of float32, and gates
     assert peak < after + 1.1 * shard, (after, peak, shard)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(dtype="bfloat16"), dict(to="nxai", fused=True), dict(quantize=4)], ids=str)
+def test_conversion_holds_one_file_and_one_tensor(tmp_path, monkeypatch, options):
+    "Of 85 MB in one file; what is written has files of 5 MB."
+    (tmp_path / "in").mkdir()
+    stored, _ = write_shards(tmp_path / "in", xLSTMConfig.from_dict(vocab_size=2000, hidden_size=512, num_hidden_layers=8, num_heads=4), 1)
+    write, limit = convert.write_shards, 5e6
+    monkeypatch.setattr(convert, "write_shards", lambda *args: write(*args, limit=limit))
+    mx.clear_cache(); mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    out = convert.convert(tmp_path / "in", tmp_path / "out", **options)
+    assert max(f.stat().st_size for f in out.glob("*.safetensors")) < 1.5 * limit < sum(f.stat().st_size for f in out.glob("*.safetensors"))
+    assert (peak := mx.get_peak_memory() - before) < 20e6 < stored / 4, peak
 
 
 def test_another_thread_can_use_the_model(tmp_path):

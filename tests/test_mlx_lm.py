@@ -76,7 +76,7 @@ def test_quantised_model_saved_by_mlx_lm(bundled, tmp_path):
     model, _ = xm.load(dtype=mx.float32)
     q, config = quantize_model(model, model.args.to_dict(), 64, 4)
     save_model(tmp_path, q); save_config(config, tmp_path / "config.json")
-    back, _ = xm.load(tmp_path, dtype=mx.float32)
+    back, _ = xm.load(tmp_path, dtype=mx.float32, quantize="stored")
     ids = mx.array([[0, 5, 9, 300, 301]])
     assert mx.array_equal(back(ids), q(ids))
     assert "scales" in back.lm_head and all("scales" not in b.mlstm_layer.fgate_preact for b in back.layers)
@@ -225,7 +225,7 @@ def test_mlx_convert(mlx, home):
     mlx("convert", "--hf-path", "model", "--mlx-path", "q4", "-q")
     config = json.loads((home / "q4/config.json").read_text())
     assert config["quantization"]["bits"] == 4 and config["model_file"] == "xlstm.py" and (home / "q4/xlstm.py").exists()
-    model, _ = xm.load("q4")
+    model, _ = xm.load("q4", quantize="stored")
     assert {n.split(".")[-2] for n, a in tree_flatten(model.parameters()) if n.endswith("scales")} & {"igate_preact", "fgate_preact"} == set()
     ours, _ = xm.load("model", quantize=4)
     ids = mx.array([[0, 5, 9, 300]])
@@ -238,6 +238,9 @@ def test_convert_quantize(tmp_path, capsys):
     assert out.strip() == str(tmp_path / "q") and [line.split()[0] for line in err.splitlines()] == ["weights", "before", "after"]
     before, after = (float(line.split()[-1]) for line in err.splitlines()[1:])
     assert 1 < after / before < 1.05
+    assert main(["convert", "bundled", str(tmp_path / "small"), "--quantize", "4", "--measure", "64"]) == 0
+    assert len(capsys.readouterr().err.splitlines()) == 3
+    assert main(["convert", "bundled", str(tmp_path / "none"), "--quantize", "4"]) == 0 and capsys.readouterr().err == "" # nothing is measured
     assert (tmp_path / "q/model.safetensors").stat().st_size < .35 * (BUNDLED / "model.safetensors").stat().st_size
     texts = []
     for argv in (["--quantize", "mixed", "--dtype", "bfloat16"], ["-m", str(tmp_path / "q"), "--dtype", "bfloat16"]):
@@ -399,7 +402,7 @@ def tiny(home, bundled):
 def test_data_driven_quantisation(argv, tiny, mlx, home):
     out = home / argv[0]
     mlx(argv[0], "-m", "tiny", "--mlx-path", out, *argv[1:])
-    before, after = xm.load("tiny", dtype=mx.float32)[0], xm.load(out, dtype=mx.float32)[0]
+    before, after = xm.load("tiny", dtype=mx.float32)[0], xm.load(out, dtype=mx.float32, quantize="stored")[0]
     packed = {n.removesuffix(".scales").split(".")[-1] for n, _ in tree_flatten(after.parameters()) if n.endswith("scales")}
     assert {"q", "proj_down", "lm_head"} <= packed and not {"igate_preact", "fgate_preact"} & packed
     a, b = (dict(tree_flatten(m.parameters())) for m in (before, after))

@@ -19,6 +19,7 @@ from xlstm_metal.generation.score import score
 from xlstm_metal.generation.state import Source, State, batch, unbatch
 from xlstm_metal.model.checkpoint import load
 from xlstm_metal.model.config import xLSTMConfig
+from xlstm_metal.model.convert import convert
 from xlstm_metal.model.tokenizer import encode, encode_pieces
 
 HERE = Path(__file__).parent
@@ -154,6 +155,20 @@ def test_states_of_other_models(saved, tmp_path):
     tuned, _ = load(dtype=mx.float32)
     tuned.lm_head.weight = tuned.lm_head.weight * (1 + 1e-6)
     refused(path, tuned, "another model: its weights do not match", state)
+
+
+def test_packed_and_unpacked_weights_share_their_states(tmp_path):
+    "A state of one is used by the other, and a state of the model before it was quantised by neither."
+    convert(None, tmp_path / "q", quantize="mixed")
+    packed, floats = (load(tmp_path / "q", mx.float32, quantize=how)[0] for how in ("stored", False))
+    original, _ = load(dtype=mx.float32)
+    for model, other in ((packed, floats), (floats, packed)):
+        state = State(model).read([0, 5, 9, 300, 301])
+        state.save(tmp_path / "state")
+        again = State.load(tmp_path / "state", other)
+        for s in (again, state): s.feed(mx.array([7]))
+        assert mx.abs(again.logits - state.logits).max() < 1e-3
+        refused(tmp_path / "state", original, "another model: its weights do not match", state)
 
 
 def test_other_layouts(saved):

@@ -9,6 +9,7 @@ __all__ = ['parser', 'main']
 import argparse, errno, json, os, sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from ..blas import advice, use_openblas
 
@@ -52,7 +53,7 @@ _DTYPES, _BITS = ("float32", "bfloat16", "float16"), ("4", "8", "mixed")
 def _add_compute(add):
     _add_model(add)
     add("--dtype", choices=_DTYPES, help="of the weights (default: bfloat16 on a GPU, float32 on a CPU)")
-    add("--quantize", choices=_BITS, help="bits per weight while this runs (default: as stored)")
+    add("--quantize", choices=_BITS, help="bits per weight while this runs (default: as stored; on a CPU a small quantised model is unpacked)")
     add("--device", choices=("cpu", "gpu"), help="where to compute (default: a GPU if there is one)")
 
 def _add_adapters(add):
@@ -90,17 +91,19 @@ def _add_info(add):
 def _add_score(add):
     _add_compute(add)
     _add_adapters(add)
-    add("--file", "-f", required=True, help="the text; - reads standard input")
-    add("--load-state", metavar="FILE", help="score the text as the continuation of a saved state")
+    add("--file", "-f", required=True, nargs="+", metavar="FILE", help="texts, or folders of them; - reads standard input")
+    add("--suffixes", nargs="+", metavar="S", help="of the files of a folder, as .py .md (default: all that are UTF-8 text)")
+    add("--load-state", metavar="FILE", help="score each text as the continuation of a saved state")
     add("--tokens", action="store_true", help="first print id, log-probability (natural) and text of each token")
 
 def _add_convert(add):
-    add("source", help="folder, Hugging Face id, or a PyTorch pickle that holds plain tensors")
+    add("source", help="folder, Hugging Face id, PyTorch pickle that holds plain tensors, or bundled: the small model that comes with the package")
     add("out", help="a folder that does not exist yet")
     add("--to", choices=("hf", "nxai", "mlx"), help="layout of names and settings; mlx: for plain mlx-lm, with a model file (default: hf)")
     add("--quantize", choices=_BITS, help="bits per weight; implies --to mlx")
-    add("--measure", type=int, default=8192, metavar="N",
-        help="evaluate a quantised copy and its source on N tokens of held-out text (%(default)s; 0: do not)")
+    add("--dequantize", action="store_true", help="floats again of a quantised checkpoint, this package's or mlx-lm's")
+    add("--measure", type=_two_or_more, nargs="?", const=8192, metavar="TOKENS",
+        help="evaluate the copy and its source on this much held-out text (without a number: %(const)s; default: do not)")
     add("--chat-template", metavar="FILE", help="plain, or a file with a template, for a model that has none")
     add("--fused", action="store_true", help="fuse linear maps as upstream's weight_mode fused does")
     add("--recurrent", choices=("vanilla", "cuda"), default="vanilla",
@@ -167,9 +170,11 @@ def _add_bench(add):
     add("--picture", metavar="FILE", help="write a picture of it")
     add("--predict", action="store_true", help="instead: what the bandwidth of Apple's chips allows, without weights")
 
-def _positive(word: str) -> int:
-    if not word.isdigit() or not int(word): raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not {word!r}")
+def _positive(word: str, least: int = 1) -> int:
+    if not word.isdigit() or int(word) < least: raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more, not {word!r}")
     return int(word)
+
+def _two_or_more(word: str) -> int: return _positive(word, 2)
 
 # %% ../../nbs/apps/60_cli.ipynb #1f019fb7
 def main(
@@ -214,13 +219,14 @@ def _cmd_info(args):
 
 # %% ../../nbs/apps/60_cli.ipynb #a6bd5cc7
 def _cmd_convert(args):
-    "The new folder on standard output, what quantisation cost on standard error."
+    "The new folder on standard output, what it cost on standard error, if that is to be measured."
     from xlstm_metal.model.convert import convert
-    from xlstm_metal.generation.quality import compare_models
-    out = convert(args.source, args.out, args.to, quantize=args.quantize, chat_template=args.chat_template, fused=args.fused,
+    out = convert(args.source, args.out, args.to, quantize=args.quantize, dequantize=args.dequantize, chat_template=args.chat_template, fused=args.fused,
                   recurrent=args.recurrent, dtype=args.dtype, config=args.config)
     print(out, flush=True)
-    if args.quantize and args.measure > 0: print(compare_models(args.source, out, args.measure), file=sys.stderr)
+    if args.measure:
+        from xlstm_metal.generation.quality import compare_models
+        print(compare_models(args.source, out, args.measure, progress=sys.stderr.isatty()), file=sys.stderr)
 
 # %% ../../nbs/apps/60_cli.ipynb #95023003
 def _check_output(path: Path): # of a file that will be written after long work
@@ -295,16 +301,49 @@ def _cmd_tune(args):
 
 # %% ../../nbs/apps/60_cli.ipynb #84c9235f
 def _cmd_score(args):
-    "A summary in one line, after a line per token with `--tokens`."
+    "A summary in one line, after a line per token with `--tokens`; of several texts or a folder a table."
+    from xlstm_metal.generation.generate import GenerationError
     from xlstm_metal.generation.score import score
-    stdin = args.file == "-"
-    _check_inputs(file=None if stdin else args.file, load_state=args.load_state)
-    text = _read_stdin() if stdin else Path(args.file)
-    runner = _load_runner(args)
+    from xlstm_metal.train.data import DataError
+    several = len(args.file) > 1 or Path(args.file[0]).is_dir()
+    if several and args.tokens: raise GenerationError("--tokens is for one text")
+    if args.suffixes and not any(Path(f).is_dir() for f in args.file): raise GenerationError("--suffixes is for folders")
+    _check_inputs(load_state=args.load_state)
+    for f in args.file:
+        if f != "-" and not Path(f).is_dir(): _check_inputs(file=f)
+    if several:
+        try: return _score_each(_texts(args.file, args.suffixes), args)
+        except DataError as e: return _fail(e)
+    text, runner = _read_stdin() if args.file == ["-"] else Path(args.file[0]), _load_runner(args)
     s = score(runner.model, runner.tokenizer, text, runner.state, progress=sys.stderr.isatty() or None)
     if args.tokens:
         for t, p in zip(s.ids.tolist(), s.logprobs): print(t, f"{p:.4f}", json.dumps(runner.tokenizer.decode([t])), sep="\t")
     print(s)
+
+# %% ../../nbs/apps/60_cli.ipynb #d5122c1f
+def _texts(files: list[str], suffixes): # a list of: name, text or path
+    "Files as they are, the documents of folders. The first document of each folder is read at once, so that an empty one is told."
+    from xlstm_metal.train.datasets import documents
+    def inside(folder):
+        found = documents(folder, suffixes=suffixes and tuple(suffixes))
+        return ((str(Path(folder) / name), text) for name, text in chain([next(found)], found))
+    return chain(*[inside(f) if Path(f).is_dir() else [(f, _read_stdin() if f == "-" else Path(f))] for f in files])
+
+def _score_each(texts, args):
+    "A line for each text, and one for all of them. A text that cannot be scored is left out, and said to be."
+    import warnings
+    from xlstm_metal.generation.score import score, table_head, table_row, Total
+    from xlstm_metal.generation.state_files import StateError
+    runner, total = _load_runner(args), Total()
+    print(table_head, flush=True)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"xlstm-metal: {message}", file=sys.stderr)
+        for name, text in texts:
+            try: total.add(s := score(runner.model, runner.tokenizer, text, runner.state))
+            except StateError as e: print(f"xlstm-metal: {name} is left out: {e}", file=sys.stderr)
+            else: print(table_row(name, s), flush=True)
+    if not total.texts: raise StateError("none of the texts could be scored")
+    print(table_row(f"all {total.texts}", total))
 
 # %% ../../nbs/apps/60_cli.ipynb #69f4e0df
 def _cmd_generate(args):
@@ -496,8 +535,11 @@ def _wiring(path: str | None, revision: str | None, style: str) -> str: # folder
     try: found = AutoWiring(tensors)
     except WiringError as e: raise CheckpointError(f"{path or 'the bundled model'}: {e}") from e
     norm = [n for n in ("out_norm", "post_blocks_norm") if any(t.endswith(f"{n}.weight") for t in tensors)]
-    if found.vocab_size is None: return diagram(found, style, after=[*norm, "output"])
+    if wiring := config.wiring: # which states what no shape shows, too
+        for n in wiring.neurons: n.kwargs = found.neurons[n.weights].kwargs
+    wiring = wiring or found
+    if found.vocab_size is None: return diagram(wiring, style, after=[*norm, "output"])
     tied = found.tied or config.tie_word_embeddings and config.layout.name == "stack" # upstream stores a tied head a second time
     head = "the embeddings again" if tied else "lm_head"
-    return diagram(found, style, [f"ids ── embeddings {found.vocab_size} x {found.neurons[0].dims}"],
+    return diagram(wiring, style, [f"ids ── embeddings {found.vocab_size} x {found.neurons[0].dims}"],
                    [*norm, f"{head} ── logits {found.vocab_size}"])

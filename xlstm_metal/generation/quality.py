@@ -6,7 +6,7 @@
 __all__ = ['heldout_ids', 'Quality', 'evaluate', 'format_table', 'compare_models']
 
 # %% ../../nbs/generation/55_quality.ipynb #55a0c003
-import hashlib
+import hashlib, math, os
 from copy import deepcopy
 from dataclasses import dataclass
 import mlx.core as mx
@@ -14,14 +14,15 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from ..files import CheckpointError, human
 from ..model.checkpoint import load
+from ..model.quantize import dequantize_modules
 from ..train.data import corpus, held_out
-from ..train.train import bits_per_byte
+from ..train.train import token_losses
 
 # %% ../../nbs/generation/55_quality.ipynb #55a0c006
 def heldout_ids(
     tokenizer, # from `load`
     bos: int | None, # id at the start of each file; None is nothing
-    tokens: int = 8192, # at least so many
+    tokens: int = 8192, # so many, or all if there are fewer
     longest: int = 20_000, # characters of one file
 ) -> tuple[list[int], int]: # ids of the files in a row, and the number of bytes they stand for
     """Held-out files of the standard library; none where Python came without its sources.
@@ -29,7 +30,7 @@ def heldout_ids(
     Args:
         tokenizer: from `load`
         bos: id at the start of each file; None is nothing
-        tokens: at least so many
+        tokens: so many, or all if there are fewer
         longest: characters of one file
 
     Returns:
@@ -37,11 +38,15 @@ def heldout_ids(
     """
     ids, n_bytes, files = [], 0, corpus()
     for name in sorted(filter(held_out, files), key=lambda n: hashlib.sha256(n.encode()).digest()):
-        text = files[name][:longest]
-        ids += [bos] * (bos is not None) + tokenizer.encode(text, add_special_tokens=False)
+        text, first = files[name][:longest], [bos] * (bos is not None)
+        own = tokenizer.encode(text, add_special_tokens=False)
+        if len(own) > (left := max(0, tokens - len(ids) - len(first))):
+            own = own[:left]
+            text = os.path.commonprefix([text, tokenizer.decode(own)]) # a character may be cut in two
+        ids += first + own
         n_bytes += len(text.encode())
         if len(ids) >= tokens: break
-    return ids, n_bytes
+    return ids[:tokens], n_bytes
 
 # %% ../../nbs/generation/55_quality.ipynb #55a0c008
 @dataclass
@@ -64,27 +69,42 @@ class Quality:
 def evaluate(
     model: nn.Module, # from `load`
     tokenizer, # from `load`
-    tokens: int = 8192, # at least so many
+    tokens: int = 8192, # so many, or all if there are fewer
+    progress: str | None = None, # what a progress bar is called; None: there is no bar
 ) -> Quality:
-    """Measure a model on the held-out files.
+    """Measure a model on the held-out files, of which it reads 512 tokens at a time.
 
     Args:
         model: from `load`
         tokenizer: from `load`
-        tokens: at least so many
+        tokens: so many, or all if there are fewer
+        progress: what a progress bar is called; None: there is no bar
     """
     from mlx_lm.utils import compute_bits_per_weight
-    ids, n_bytes = heldout_ids(tokenizer, model.args.bos_token_id, max(tokens, 513)) if tokenizer else ([], 0)
-    nbytes = sum(w.nbytes for _, w in tree_flatten(model.parameters()))
-    each = compute_bits_per_weight(model)
-    if len(ids) < 513: return Quality(nbytes, each, None, None, 0)
-    bits = bits_per_byte(_unpacked(model), ids, n_bytes)
-    return Quality(nbytes, each, bits, 2**(bits * n_bytes / len(ids)), len(ids))
+    ids, n_bytes = heldout_ids(tokenizer, model.args.bos_token_id, tokens) if tokenizer else ([], 0)
+    nbytes, each = sum(w.nbytes for _, w in tree_flatten(model.parameters())), compute_bits_per_weight(model)
+    if len(ids) < 2: return Quality(nbytes, each, None, None, 0)
+    nats = _nats(_unpacked(model), ids, progress)
+    return Quality(nbytes, each, nats / math.log(2) / n_bytes, math.exp(nats / (len(ids) - 1)), len(ids))
+
+def _nats(model: nn.Module, ids: list[int], progress: str | None, length: int = 512, rows: int = 4) -> float:
+    "Cross entropy of all ids but the first."
+    from tqdm.auto import tqdm
+    pieces, total = [ids[a:a + length + 1] for a in range(0, len(ids) - 1, length)], 0.
+    with tqdm(total=len(ids), initial=1, unit=" tokens", desc=progress, disable=progress is None) as bar:
+        while pieces:
+            alike = len(pieces[0]) == len(pieces[min(rows, len(pieces)) - 1]) # all but the last
+            group, pieces = (pieces[:rows], pieces[rows:]) if alike else (pieces[:-1], pieces[-1:])
+            x = mx.array(group)
+            total += token_losses(model, model.hidden(x[:, :-1]), x[:, 1:]).sum().item()
+            bar.update(x[:, 1:].size)
+    return total
 
 def _unpacked(model: nn.Module) -> nn.Module: # on a CPU, the same model with full weights
     if mx.default_device() != mx.Device(mx.cpu) or not model.args.quantization: return model
-    from mlx_lm.utils import dequantize_model
-    return dequantize_model(deepcopy(model))
+    full = deepcopy(model)
+    dequantize_modules(full)
+    return full
 
 # %% ../../nbs/generation/55_quality.ipynb #55a0c010
 def format_table(rows: dict[str, Quality]) -> str: # rows: name -> quality
@@ -103,23 +123,25 @@ def format_table(rows: dict[str, Quality]) -> str: # rows: name -> quality
 # %% ../../nbs/generation/55_quality.ipynb #55a0c012
 def compare_models(
     source, # of a checkpoint, as for `load`
-    copy, # of its quantised copy, likewise
-    tokens: int = 8192, # at least so many
+    copy, # of its copy, likewise
+    tokens: int = 8192, # so many, or all if there are fewer
+    progress: bool = False, # whether there are progress bars
 ) -> str: # a table
-    """What quantisation won and lost.
+    """What conversion won and lost. One of the two is in memory at a time.
 
     Args:
         source: of a checkpoint, as for `load`
-        copy: of its quantised copy, likewise
-        tokens: at least so many
+        copy: of its copy, likewise
+        tokens: so many, or all if there are fewer
+        progress: whether there are progress bars
 
     Returns:
         a table
     """
     rows = {}
     for name, path in (("before", source), ("after", copy)):
-        try: model, tokenizer = load(path)
+        try: model, tokenizer = load(path, quantize="stored")
         except CheckpointError: continue # a pickle, which only `convert` reads
-        rows[name] = evaluate(model, tokenizer, tokens)
+        rows[name] = evaluate(model, tokenizer, tokens, name if progress else None)
         del model # before the next one
     return format_table(rows)

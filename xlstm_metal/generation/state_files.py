@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 from ..files import CheckpointError
+from ..model.quantize import dequantize_weights
 
 # %% ../../nbs/generation/50_state_files.ipynb #004cb8de
 class StateError(CheckpointError):
@@ -135,19 +136,31 @@ def settings_of(model) -> list: # model: a language model
             [c.norm, c.norm_eps, c.output_logit_soft_cap]]
 
 # %% ../../nbs/generation/50_state_files.ipynb #e5e91d34
-def _sample(a: mx.array) -> mx.array: # about a thousand numbers as uint32, from all rows and columns
-    a = a.reshape(-1)[::a.size // 1024 | 1] # an odd step: it is no multiple of a row
+def _spread(size: int) -> np.ndarray: return np.arange(0, size, size // 1024 | 1) # about a thousand places, in all rows and columns: an odd step is no multiple of a row
+
+def _bits_of(a: mx.array) -> mx.array: # uint32
     return mx.view(a.astype(mx.float32), mx.uint32) if mx.issubdtype(a.dtype, mx.floating) else a.astype(mx.uint32)
+
+def _unpacked_sample(m) -> tuple[tuple, mx.array]: # m: a packed layer; returns shape and sample of what it stands for
+    shape = m.weight.shape[0], m.scales.shape[1] * m.group_size
+    at = _spread(shape[0] * shape[1])
+    groups = {name: m[name].reshape(m.scales.size, -1)[mx.array(at // m.group_size)] for name in ("weight", "scales", "biases") if name in m}
+    how = dict(group_size=m.group_size, bits=m.bits, mode=m.mode)
+    full = dequantize_weights({f".{name}": g for name, g in groups.items()}, {"": how}, mx.float32)[".weight"]
+    return shape, full[mx.arange(len(at)), mx.array(at % m.group_size)]
 
 def fingerprint(model) -> dict[str, str]: # model: a language model
     """Hashes of settings and weights, 16 hexadecimal digits each. They tell models apart by settings, wiring, and names, shapes and about a thousand
-    numbers of each array; not models that differ only in a few other numbers, nor in a dtype that holds the same numbers.
+    numbers of each array; not models that differ only in a few other numbers, nor in a dtype or a packing that holds the same numbers.
 
     Args:
         model: a language model
     """
     def short(*parts): return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
-    weights = sorted(tree_flatten(model.parameters()))
-    names = json.dumps([(n, a.shape) for n, a in weights]).encode()
-    return {"settings": short(json.dumps(settings_of(model)).encode()),
-            "weights": short(names, np.array(mx.concatenate([_sample(a) for _, a in weights])).tobytes())}
+    found = {n: (a.shape, a.reshape(-1)[mx.array(_spread(a.size))]) for n, a in tree_flatten(model.parameters())}
+    for path, m in model.named_modules():
+        if "scales" not in m: continue
+        for name in ("scales", "biases"): found.pop(f"{path}.{name}", None)
+        found[f"{path}.weight"] = _unpacked_sample(m)
+    names, weights = json.dumps([(n, shape) for n, (shape, _) in sorted(found.items())]).encode(), [_bits_of(a) for _, (_, a) in sorted(found.items())]
+    return {"settings": short(json.dumps(settings_of(model)).encode()), "weights": short(names, np.array(mx.concatenate(weights)).tobytes())}

@@ -13,11 +13,11 @@ from mlx.utils import tree_flatten
 from ..blocks.block import find_kind
 from ..blocks.discovery import join_fused
 from ..files import (atomic_dir, check_output_dir, CheckpointError, read_headers, read_settings, resolve,
-    settings_file, Tensor, weight_files)
-from .checkpoint import as_dtype, build, check_structure, choose
+    settings_file, Tensor)
+from .checkpoint import as_dtype, build, check_structure, choose, read_weights
 from .config import large_settings, xLSTMConfig
 from .model import Model
-from .quantize import quantize_weights
+from .quantize import dequantize_modules, dequantize_weights, quantize_weights
 from .standalone import add_mlx_lm_files, template_text
 from .tokenizer import load_tokenizer
 
@@ -57,13 +57,13 @@ def read_pickle(file: Path) -> dict[str, mx.array]: # file: of PyTorch; returns 
 _names = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 
 def read_anything(
-    source: str | Path | None, # folder, hub id, or a pickle; None is the bundled model
+    source: str | Path | None, # folder, hub id, or a pickle; None or "bundled" is the bundled model
     config: str | Path | None = None, # config.json or config.yaml of a pickle that has none beside it
 ) -> tuple: # folder, configuration, name of its file, weights by their stored names, their headers
     """A checkpoint in whatever form. Raises `CheckpointError`.
 
     Args:
-        source: folder, hub id, or a pickle; None is the bundled model
+        source: folder, hub id, or a pickle; None or "bundled" is the bundled model
         config: config.json or config.yaml of a pickle that has none beside it
 
     Returns:
@@ -82,9 +82,7 @@ def read_anything(
     except CheckpointError: raise
     except (ValueError, TypeError) as e: raise CheckpointError(f"{f}: {e}") from e
     if file is None:
-        weights = {}
-        for g in weight_files(folder): weights |= mx.load(str(g))
-        tensors = read_headers(folder)
+        tensors, weights = read_headers(folder), read_weights(folder)
     else:
         weights = read_pickle(file)
         odd = [n for n, w in weights.items() if w.dtype not in _names]
@@ -95,7 +93,7 @@ def read_anything(
 # %% ../../nbs/model/47_convert.ipynb #b85d8406
 def write_shards(
     folder: Path, # that exists
-    weights: dict[str, mx.array], # by name
+    weights: dict[str, mx.array], # by name; emptied, so that an array is in memory for as long as it takes to write its file
     to: str, # "nxai" counts shards from 0; else as Hugging Face does
     limit: float = 5e9, # bytes in one file, at most
 ):
@@ -103,28 +101,31 @@ def write_shards(
 
     Args:
         folder: that exists
-        weights: by name
+        weights: by name; emptied, so that an array is in memory for as long as it takes to write its file
         to: "nxai" counts shards from 0; else as Hugging Face does
         limit: bytes in one file, at most
     """
-    shards, size = [{}], 0
+    shards, size, total = [[]], 0, sum(w.nbytes for w in weights.values())
     for name, w in weights.items():
-        if size and size + w.nbytes > limit: shards.append({}); size = 0
-        shards[-1][name] = w
+        if size and size + w.nbytes > limit: shards.append([]); size = 0
+        shards[-1].append(name)
         size += w.nbytes
     def file(j): # NX-AI's package counts from 0 and knows no total
         if len(shards) == 1: return "model.safetensors"
         return f"model_{j}.safetensors" if to == "nxai" else f"model-{j + 1:05d}-of-{len(shards):05d}.safetensors"
-    for j, shard in enumerate(shards): mx.save_safetensors(str(folder / file(j)), shard, metadata={"format": "pt"})
+    for j, names in enumerate(shards):
+        shard = {name: weights.pop(name) for name in names}
+        for w in shard.values(): mx.eval(w) # one by one: what an array is made from is let go before the next is read
+        mx.save_safetensors(str(folder / file(j)), shard, metadata={"format": "pt"})
     if len(shards) > 1 and to != "nxai":
-        where = {name: file(j) for j, shard in enumerate(shards) for name in shard}
-        index = {"metadata": {"total_size": sum(w.nbytes for w in weights.values())}, "weight_map": where}
+        index = {"metadata": {"total_size": total}, "weight_map": {name: file(j) for j, names in enumerate(shards) for name in names}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 # %% ../../nbs/model/47_convert.ipynb #f4b3ac94
-def _check_options(to, quantize, chat_template, fused, recurrent) -> str | None: # the template's text
+def _check_options(to, quantize, dequantize, chat_template, fused, recurrent) -> str | None: # the template's text
     for name, value, options in (("to", to, ("hf", "nxai", "mlx")), ("recurrent", recurrent, ("vanilla", "cuda"))):
         if value not in options: raise CheckpointError(f"{name} must be one of {', '.join(options)}, not {value!r}")
+    if quantize and dequantize: raise CheckpointError("quantize and dequantize exclude each other: twice rounded would be worse than once, so quantise the original")
     if quantize and to != "mlx": raise CheckpointError(f"quantize needs to='mlx', not {to!r}")
     if fused and to == "mlx": raise CheckpointError("fused projections are not supported by mlx-lm: leave out fused")
     try: return template_text(chat_template) if chat_template else None
@@ -139,37 +140,40 @@ def _check_kinds(c: xLSTMConfig): # a model file holds modules of the package
 
 # %% ../../nbs/model/47_convert.ipynb #270666e4
 def convert(
-    source: str | Path | None, # folder, hub id, or a pickle of PyTorch; None is the bundled model
+    source: str | Path | None, # folder, hub id, or a pickle of PyTorch; None or "bundled" is the bundled model
     out: str | Path, # a folder that does not exist yet, or is empty
     to: str | None = None, # "hf"; "nxai": the original package's names; "mlx": for plain mlx-lm, see `model.standalone`
     *,
     quantize: int | str | None = None, # 4, 8 or "mixed" bits for each weight, see `model.quantize`; `to` is then "mlx"
+    dequantize: bool = False, # floats again of a quantised checkpoint, this package's or mlx-lm's
     chat_template: str | Path | None = None, # "plain" or a file; None: the checkpoint's, if it has one
     fused: bool = False, # join queries, keys, values, gates as upstream's weight_mode "fused" does
     recurrent: str = "vanilla", # or "cuda": how NX-AI's form stores recurrent kernels
-    dtype: mx.Dtype | str | None = None, # float32, bfloat16, float16 (gates stay float32); None: as stored
+    dtype: mx.Dtype | str | None = None, # float32, bfloat16, float16 (gates stay float32); None: as stored, or as the scales of what is dequantised
     config: str | Path | None = None, # settings of a pickle that has none beside it
 ) -> Path: # the folder
     """Rewrite a checkpoint. Raises `CheckpointError` before anything is written; a folder appears whole or not at all.
 
     Args:
-        source: folder, hub id, or a pickle of PyTorch; None is the bundled model
+        source: folder, hub id, or a pickle of PyTorch; None or "bundled" is the bundled model
         out: a folder that does not exist yet, or is empty
         to: "hf"; "nxai": the original package's names; "mlx": for plain mlx-lm, see `model.standalone`
         quantize: 4, 8 or "mixed" bits for each weight, see `model.quantize`; `to` is then "mlx"
+        dequantize: floats again of a quantised checkpoint, this package's or mlx-lm's
         chat_template: "plain" or a file; None: the checkpoint's, if it has one
         fused: join queries, keys, values, gates as upstream's weight_mode "fused" does
         recurrent: or "cuda": how NX-AI's form stores recurrent kernels
-        dtype: float32, bfloat16, float16 (gates stay float32); None: as stored
+        dtype: float32, bfloat16, float16 (gates stay float32); None: as stored, or as the scales of what is dequantised
         config: settings of a pickle that has none beside it
 
     Returns:
         the folder
     """
     to = to or ("mlx" if quantize else "hf")
-    template, out = _check_options(to, quantize, chat_template, fused, recurrent), check_output_dir(out)
+    template, out = _check_options(to, quantize, dequantize, chat_template, fused, recurrent), check_output_dir(out)
     folder, c, file, weights, tensors = read_anything(source, config)
-    if c.quantization: raise CheckpointError(f"{source} is quantised; convert the original")
+    if c.quantization and not dequantize: raise CheckpointError(f"{source} is quantised: convert the original, or dequantize")
+    if dequantize and not c.quantization: raise CheckpointError(f"{source} is not quantised: leave out dequantize")
     if fused and c.layout.name != "large": raise CheckpointError("only models of the 7B form have projections to fuse")
     check_structure(tensors, c, file)
     if to == "mlx" and not c.vocab_size: raise CheckpointError("a model file for mlx-lm needs an embedding and a head; this checkpoint has blocks alone")
@@ -177,29 +181,33 @@ def convert(
     tokenizer = load_tokenizer(folder, c) if to == "mlx" else None
     model = build(c, tensors)
     weights = model.sanitize(weights)
-    if dtype is not None: weights = {n: w.astype(as_dtype(dtype) if model.cast_predicate(n) else mx.float32) for n, w in weights.items()}
+    dtype = dtype and as_dtype(dtype)
+    if dequantize: weights = dequantize_weights(weights, dequantize_modules(model), dtype)
+    if dtype: weights = {n: w.astype(dtype if model.cast_predicate(n) else mx.float32) for n, w in weights.items()}
     if quantize: weights = quantize_weights(weights, choose(model, quantize))
     if to == "nxai":
         try: weights = c.layout.to_upstream(weights, c, recurrent)
         except ValueError as e: raise CheckpointError(str(e)) from e
+    weights = dict(sorted((join_fused(weights) if fused else weights).items()))
     with atomic_dir(out) as new:
-        write_shards(new, dict(sorted((join_fused(weights) if fused else weights).items())), to)
         _write_settings(new, c, weights, to, fused)
+        write_shards(new, weights, to)
         for f in folder.iterdir():
-            if f.name.startswith(copied_files): shutil.copy(f, new)
+            if f.is_file() and (f.name.lower().startswith(copied_files) or f.suffix == ".tiktoken"): shutil.copy(f, new)
         if template: (new / "chat_template.jinja").write_text(template)
         if to == "mlx": add_mlx_lm_files(new, c, tokenizer)
     return out
 
 # %% ../../nbs/model/47_convert.ipynb #1ea7528f
-copied_files = "tokenizer", "special_tokens", "vocab", "merges", "generation_config", "chat_template", "LICENSE" # how their names begin
+copied_files = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "generation_config", "chat_template",
+                "license", "licence", "notice", "readme") # how their names begin, in small letters
 
 _upstream = {*large_settings, "embedding_dim", "num_blocks", "norm_reduction_force_float32", "chunkwise_kernel", "sequence_kernel", "step_kernel",
              "mode", "return_last_states", "autocast_kernel_dtype", "inference_state_dtype"} - {"hidden_size", "num_hidden_layers", "max_inference_chunksize"}
 
 def _write_settings(folder: Path, c: xLSTMConfig, weights: dict, to: str = "hf", fused: bool = False):
     "The settings in the spelling of the layout; for the original packages also in the file that they read."
-    d = c.to_dict()
+    d = {k: v for k, v in c.to_dict().items() if k != "model_file"} # which comes with "mlx"
     if fused: d["weight_mode"] = "fused"
     kinds = [str(w.dtype).removeprefix("mlx.core.") for w in weights.values() if mx.issubdtype(w.dtype, mx.floating)]
     for key in {"torch_dtype", "dtype"} & d.keys(): d[key] = max(kinds, key=kinds.count)
@@ -216,18 +224,30 @@ def _check_classes(model: Model, again: Model): # again: what `load` will make o
         if (other := inside.get(path)) is None or type(m).__name__ == type(other).__name__: continue # by name: a cell that ran again made it anew
         raise CheckpointError(f"{path} is a {type(m).__name__}, and a checkpoint would be loaded with {type(other).__name__} there: register a kind of block that has it (`block`)")
 
+def _savable(tokenizer, c: xLSTMConfig): # with `save_pretrained`
+    from tokenizers import Tokenizer
+    if hasattr(tokenizer, "save_pretrained"): return tokenizer
+    if not isinstance(tokenizer, Tokenizer):
+        raise CheckpointError(f"tokenizer must be from `load`, from `train_tokenizer`, or one of Hugging Face's, not {type(tokenizer).__name__}")
+    from transformers import PreTrainedTokenizerFast
+    eos = c.eos_token_id[0] if isinstance(c.eos_token_id, list) else c.eos_token_id
+    def name(id, usual): # usual: as `train_tokenizer` calls it
+        return tokenizer.id_to_token(id) if id is not None else usual if tokenizer.token_to_id(usual) is not None else None
+    names = dict(bos_token=name(c.bos_token_id, "<|endoftext|>"), eos_token=name(eos, "<|endoftext|>"), pad_token=name(c.pad_token_id, "<|padding|>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)
+
 # %% ../../nbs/model/47_convert.ipynb #990e9352
 def save(
     model: Model, # from `load`, or made here
     out: str | Path, # a folder that does not exist yet, or is empty
-    tokenizer=None, # from `load`
+    tokenizer=None, # from `load`, `train_tokenizer`, or Hugging Face's libraries
 ) -> Path: # the folder
     """Write a model with its wiring. Raises `CheckpointError`; a folder appears whole or not at all.
 
     Args:
         model: from `load`, or made here
         out: a folder that does not exist yet, or is empty
-        tokenizer: from `load`
+        tokenizer: from `load`, `train_tokenizer`, or Hugging Face's libraries
 
     Returns:
         the folder
@@ -238,8 +258,9 @@ def save(
     headers = {n: Tensor("memory", w.shape, "F32") for n, w in weights.items()}
     check_structure(headers, c := xLSTMConfig.from_dict(settings), "the configuration")
     _check_classes(model, build(c, headers))
+    if tokenizer is not None: tokenizer = _savable(tokenizer, c)
     with atomic_dir(out) as new:
-        write_shards(new, weights, "hf")
         _write_settings(new, model.args, weights)
-        if tokenizer: tokenizer.save_pretrained(new)
+        write_shards(new, weights, "hf")
+        if tokenizer is not None: tokenizer.save_pretrained(new)
     return out
