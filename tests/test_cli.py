@@ -59,8 +59,12 @@ def test_generate_is_the_default_command():
 
 
 def test_every_option_has_a_help_text():
-    for name, command in parser()._subparsers._group_actions[0].choices.items():
-        for action in command._actions: assert name == "mlx" or action.help, (name, action.dest)
+    def commands(p, path=()):
+        for name, command in p._subparsers._group_actions[0].choices.items() if p._subparsers else ():
+            yield from [((*path, name), command), *commands(command, (*path, name))]
+    for path, command in (found := list(commands(parser()))):
+        for action in command._actions: assert path == ("mlx",) or action.help, (path, action.dest)
+    assert ("state", "ask") in dict(found)
 
 
 def few_open_files():

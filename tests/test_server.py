@@ -188,7 +188,12 @@ def test_content_length(server):
 def test_errors_shown_by_the_client(server):
     with pytest.raises(APIStatusError) as e: server.client.completions.create(model="gpt-9", prompt="x")
     assert e.value.status_code == 404 and "there is no model 'gpt-9' here: this server has copy" in str(e.value)
-    for wrong, says in (dict(logprobs=3), "logprobs must be of type bool"), (dict(n=3), "n must be 1"), (dict(max_tokens=0), "max_tokens must be at least 1"):
+    chat = server.client.chat.completions.create
+    for wrong, says in ((dict(logprobs=3), "the number of alternatives is top_logprobs"), (dict(top_logprobs=3), "top_logprobs needs logprobs: true"),
+                        (dict(logprobs=True, top_logprobs=21), "top_logprobs must be an integer from 0 to 20")):
+        with pytest.raises(APIStatusError) as e: chat(model="copy", messages=[dict(role="user", content="x")], **wrong)
+        assert e.value.status_code == 400 and says in str(e.value)
+    for wrong, says in (dict(logprobs=True), "must be an integer from 0 to 20"), (dict(logprobs=21), "must be an integer from 0 to 20"), (dict(n=3), "n must be 1"), (dict(max_tokens=0), "max_tokens must be at least 1"):
         with pytest.raises(APIStatusError) as e: server.client.completions.create(model="copy", prompt="x", **wrong)
         assert e.value.status_code == 400 and says in str(e.value)
     assert [m.id for m in server.client.models.list()] == ["copy"] == [server.client.models.retrieve("copy").id]

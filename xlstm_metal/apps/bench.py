@@ -172,7 +172,9 @@ def time_training(
     n: int = 512, # tokens in a row
     rows: int = 4, # at once
     rounds: int = 3, # steps, one after the other
-) -> dict: # tokens_per_second, first_step in seconds, peak_memory in GB
+    adapters: bool = False, # only LoRA adapters learn, beside all linear layers; the model may be quantised
+    recompute: bool = False, # run blocks again for the gradient
+) -> dict: # tokens_per_second, first_step in seconds, peak_memory in GB, trained: how many numbers learn
     """How fast a model learns, by the steps of `fit`: forward, backward, clipping and AdamW.
 
     Args:
@@ -180,22 +182,28 @@ def time_training(
         n: tokens in a row
         rows: at once
         rounds: steps, one after the other
+        adapters: only LoRA adapters learn, beside all linear layers; the model may be quantised
+        recompute: run blocks again for the gradient
 
     Returns:
-        tokens_per_second, first_step in seconds, peak_memory in GB
+        tokens_per_second, first_step in seconds, peak_memory in GB, trained: how many numbers learn
     """
     from copy import deepcopy
-    from xlstm_metal.train.train import make_optimizer, train_step
+    from xlstm_metal.train.train import add_adapters, make_optimizer, train_step
     model, ids = deepcopy(model), mx.array(_prompt(model, rows * (n + 1))).reshape(rows, n + 1)
-    step = train_step(model, make_optimizer(100))
+    if adapters: add_adapters(model)
+    trained = sum(w.size for _, w in tree_flatten(model.trainable_parameters()))
+    step = train_step(model, make_optimizer(100), recompute=recompute)
     def steps(k): # one after the other, as in `fit`
         start = time.perf_counter()
         for _ in range(k): loss = step(ids)
         loss.item()
         return time.perf_counter() - start
     mx.reset_peak_memory()
-    first, _ = steps(1), steps(2)
-    return dict(part="training", tokens=n, rows=rows, tokens_per_second=rows * n * rounds / steps(rounds), first_step=first, peak_memory=mx.get_peak_memory() / 1e9)
+    first, _ = steps(1), steps(min(2, rounds))
+    how = ", ".join([f"LoRA of {trained / 1e6:.3g} M"] * adapters + ["blocks again"] * recompute)
+    return dict(part="training", how=how, tokens=n, rows=rows, adapters=adapters, trained=trained, first_step=first,
+                tokens_per_second=rows * n * rounds / steps(rounds), peak_memory=mx.get_peak_memory() / 1e9)
 
 # %% ../../nbs/apps/64_bench.ipynb #83ae0242
 class Report(dict):
@@ -208,17 +216,18 @@ class Report(dict):
         for r in self["rows"]:
             if "error" in r: continue
             who = f"{r['by']}: " if "by" in r else ""
-            limit = self["limits"]["bandwidth"] * 1e9 / self["token_bytes"] * r["rows"] if r["part"] == "decode" else \
-                self["limits"]["products"] * 1e12 / 2 / (3 * (self["parameters"] + self["head_parameters"]) if r["part"] == "training" else self["parameters"])
+            products = (2 if r.get("adapters") else 3) * (self["parameters"] + self["head_parameters"]) if r["part"] == "training" else self["parameters"]
+            limit = self["limits"]["bandwidth"] * 1e9 / self["token_bytes"] * r["rows"] if r["part"] == "decode" else self["limits"]["products"] * 1e12 / 2 / products
             what = {"decode": f"decode, batch {r.get('rows')}, after {r.get('context')} tokens", "prefill": f"prefill, {r.get('tokens')} tokens",
                     "training": f"training, {r.get('rows')} rows of {r.get('tokens')}"}[r["part"]]
-            yield who + what + (f", {r['how']}" if "how" in r else ""), r["tokens_per_second"], limit, r.get("peak_memory")
+            yield who + what + (f", {r['how']}" if r.get("how") else ""), r["tokens_per_second"], limit, r.get("peak_memory")
 
     def __str__(self):
+        wide = max([44, *(len(what) + 2 for what, *_ in self.rows())])
         head = [f"{self['model']}, {self['device']}, kernels: {self['kernels']}",
                 f"measured: {self['limits']['bandwidth']:.3g} GB/s, {self['limits']['products']:.3g} TFLOP/s; {self['token_bytes'] / 1e6:.1f} MB a token",
-                "", f"{'':44}{'tokens/s':>10}{'limit':>10}{'share':>7}{'GB':>7}"]
-        body = [f"{what:44}{speed:10.1f}{limit:10.0f}{speed / limit:7.0%}{'' if memory is None else f'{memory:.1f}':>7}" for what, speed, limit, memory in self.rows()]
+                "", f"{'':{wide}}{'tokens/s':>10}{'limit':>10}{'share':>7}{'GB':>7}"]
+        body = [f"{what:{wide}}{speed:10.1f}{limit:10.0f}{speed / limit:7.0%}{'' if memory is None else f'{memory:.1f}':>7}" for what, speed, limit, memory in self.rows()]
         notes = [*(f"{r['by']}: {r['error']}" for r in self["rows"] if "error" in r), *filter(None, [self.get("advice")])]
         return "\n".join([*head, *body, *notes])
 
@@ -248,6 +257,8 @@ def bench(
     batches: list[int] = (1, 8), # rows to write side by side
     n: int = 100, # tokens to write in each
     training: tuple[int, int] | None = None, # rows and tokens of a training step; None: none
+    adapters: list[tuple[int, int]] = (), # rows and tokens of steps in which only LoRA adapters learn
+    recompute: bool = False, # run blocks again for gradients
     size: int | None = None, # of the matrices that measure the machine, as for `device_limits`
 ) -> Report:
     """Measure a model, and the machine it runs on.
@@ -259,17 +270,25 @@ def bench(
         batches: rows to write side by side
         n: tokens to write in each
         training: rows and tokens of a training step; None: none
+        adapters: rows and tokens of steps in which only LoRA adapters learn
+        recompute: run blocks again for gradients
         size: of the matrices that measure the machine, as for `device_limits`
     """
     if training and any(hasattr(m, "scales") for m in model.modules()):
-        raise GenerationError("a quantised model cannot be trained: bench it without --training")
+        raise GenerationError("a quantised model cannot be trained: bench its adapters with --lora instead of --training")
     dtype = next(w.dtype for _, w in tree_flatten(model.parameters()) if w.ndim > 1 and mx.issubdtype(w.dtype, mx.floating))
     gpu = mx.default_device() != mx.Device(mx.cpu)
     def count(modules): return sum(m.weight.size * (32 // m.bits if hasattr(m, "bits") else 1) for m in modules if "weight" in m)
     info = dict(model=name, device=mx.device_info().get("device_name", "GPU") if gpu else "CPU", kernels=backend() or "plain form", dtype=str(dtype),
                 limits=device_limits(dtype, size), advice=advice(), token_bytes=token_bytes(model), parameters=count(model.backbone.modules()), head_parameters=model.args.vocab_size * model.args.hidden_size)
     rows = [*(time_decode(model, n, b) for b in batches), *(time_prefill(model, p) for p in prompts)]
-    return Report(info, rows=rows + ([time_training(model, training[1], training[0])] if training else []))
+    if training: rows.append(time_training(model, training[1], training[0], recompute=recompute))
+    return Report(info, rows=rows + [_tried_adapters(model, tokens, side_by_side, recompute) for side_by_side, tokens in adapters])
+
+def _tried_adapters(model, tokens, rows, recompute): # what has been measured is not lost where a long text needs more memory than there is
+    try: return time_training(model, tokens, rows, adapters=True, recompute=recompute)
+    except RuntimeError as e: return dict(part="training", by=f"LoRA, {rows} rows of {tokens}", error=f"not measured: {str(e).splitlines()[0]}")
+    finally: mx.clear_cache()
 
 # %% ../../nbs/apps/64_bench.ipynb #57059191
 def unread_model(dims: int, blocks: int, heads: int) -> Model: # dims, blocks, heads: 4096, 32, 8: xLSTM 7B; returns one whose weights take no memory before they are needed

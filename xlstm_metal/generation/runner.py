@@ -12,6 +12,8 @@ from mlx.utils import tree_flatten
 from ..blocks.mlstm import mLSTMCell
 from ..model.checkpoint import load
 from ..model.model import Model
+from ..model.tokenizer import encode
+from .checkpoints import Checkpoints
 from .generate import GenerationError, Sampling, stream, tokens
 from .state import check_ids, State
 
@@ -22,15 +24,17 @@ class xLSTMRunner:
     Args:
         model: a loaded model, or what `load` takes: a folder or a hub id
         tokenizer: from `load`; without one there are ids only
+        checkpoints: where a new text begins like an earlier one, that is not read again
     """
     def __init__(self,
         model: Model | str | Path, # a loaded model, or what `load` takes: a folder or a hub id
         tokenizer=None, # from `load`; without one there are ids only
+        checkpoints: Checkpoints | None = None, # where a new text begins like an earlier one, that is not read again
     ):
         if isinstance(model, (str, Path)):
             model, own = load(model)
             tokenizer = tokenizer or own
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.checkpoints = model, tokenizer, checkpoints
         self.reset_state()
 
     @classmethod
@@ -74,7 +78,11 @@ class xLSTMRunner:
             prompt: text or ids
             **kwargs: max_tokens, temperature, ... as for `xm.stream`
         """
-        return stream(self.model, self.tokenizer, prompt, state=self.state, **kwargs)
+        if self.checkpoints is None or self.state.tokens or kwargs.get("skip"): return stream(self.model, self.tokenizer, prompt, state=self.state, **kwargs)
+        stream(self.model, self.tokenizer, prompt, state=State(self.model), **kwargs) # raises, or does nothing before it is iterated over
+        ids = encode(self.tokenizer, prompt, self.model.args) if isinstance(prompt, str) else self._ids(prompt)[0].tolist()
+        self.state.move(self.checkpoints.read(ids[:-1], progress=kwargs.pop("progress", None)))
+        return stream(self.model, self.tokenizer, prompt, state=self.state, skip=len(ids) - 1, **kwargs)
 
     def generate(self, prompt: str | list[int], **kwargs) -> str | list[int]: # prompt: text or ids; **kwargs: as for `stream`
         """Read a prompt and write on from it: the new text, or the new ids. Raises `GenerationError` before any work.

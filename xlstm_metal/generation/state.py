@@ -30,7 +30,7 @@ class State:
     def __init__(self, model: Model): # that reads
         self.model = model
         self.cache = model.make_cache() # C, n, m of every block
-        self.logits = None # of the next token (B, V) float32; None before anything was read
+        self.logits = None # of the next token (B, V) float32; None before anything was read, and in a checkpoint until it reads a token
         self.counts = [0] # tokens read, by row
 
     @property
@@ -174,7 +174,8 @@ class State:
         Returns:
             "block.array" -> array
         """
-        return {f"{b}.{j}": a for b, slot in enumerate(self.cache) for j, a in enumerate(slot.cache)} | {"logits": self.logits}
+        blocks = {f"{b}.{j}": a for b, slot in enumerate(self.cache) for j, a in enumerate(slot.cache)}
+        return blocks if self.logits is None else blocks | {"logits": self.logits}
 
     def save(self, path: str | Path): # of a file
         """Write the state to a file, whole or not at all. Raises `StateError`.
@@ -186,21 +187,26 @@ class State:
         write_arrays(path, self.arrays(), fingerprint(self.model) | {"tokens": json.dumps(self.counts)})
 
     @classmethod
-    def load(cls, path: str | Path, model: Model) -> "State": # path: of a file; model: that made it
+    def load(cls,
+        path: str | Path, # of a file
+        model: Model, # that made it
+        checkpoint: bool = False, # a state without logits will do: it must read a token before it is asked for the next
+    ) -> "State":
         """A state from a file. Raises `StateError` for anything but a whole state of this model.
 
         Args:
             path: of a file
             model: that made it
+            checkpoint: a state without logits will do: it must read a token before it is asked for the next
         """
         arrays, notes = read_arrays(path)
         for what, own in fingerprint(model).items():
             if notes.get(what) != own: raise StateError(f"{path} is the state of another model: its {what} do not match")
         state = cls(model)
         state.counts = json.loads(notes["tokens"])
-        _check_layout(path, state, arrays)
+        _check_layout(path, state, arrays, checkpoint)
         for b, slot in enumerate(state.cache): slot.cache = [arrays[f"{b}.{j}"] for j in range(len(slot.cache))]
-        state.logits = arrays["logits"]
+        state.logits = arrays.get("logits")
         return state
 
 # %% ../../nbs/generation/51_state.ipynb #45706b3b
@@ -378,7 +384,7 @@ def unbatch(state: State) -> list[State]: # state: of any number of rows
     return [row(r) for r in range(state.rows)]
 
 # %% ../../nbs/generation/51_state.ipynb #d321c668
-def _check_layout(path, state: State, arrays: dict[str, mx.array]):
+def _check_layout(path, state: State, arrays: dict[str, mx.array], checkpoint: bool = False):
     "Refuse arrays that the model of an empty state does not make."
     probe = State(state.model)
     probe.counts = state.counts
@@ -386,6 +392,7 @@ def _check_layout(path, state: State, arrays: dict[str, mx.array]):
     grows = {b for b, n in enumerate(state.model.wiring.neurons) if state.model.layers[n.weights].grows} # with the text
     def layout(n, a): return f"of {a.ndim} axes" if n.split(".")[0] in map(str, grows) else a.shape
     have, want = ({n: layout(n, a) for n, a in x.items()} for x in (arrays, probe.arrays()))
+    if checkpoint: have.setdefault("logits", want["logits"])
     for n in sorted(have.keys() | want.keys()):
         if have.get(n) != want.get(n):
             raise StateError(f"{path} has another layout: array {n} is {have.get(n)} there and {want.get(n)} in this model")
