@@ -180,7 +180,7 @@ def rate_for(width: int) -> float: # width: of the residual stream
     Args:
         width: of the residual stream
     """
-    return 0.5 / width
+    return 1 / width
 
 # %% ../../nbs/train/76_scaling.ipynb #t7600019
 class Corpus(NamedTuple):
