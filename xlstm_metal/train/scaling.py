@@ -180,7 +180,7 @@ def rate_for(width: int) -> float: # width: of the residual stream
     Args:
         width: of the residual stream
     """
-    return 1 / width
+    return 0.5 / width
 
 # %% ../../nbs/train/76_scaling.ipynb #t7600019
 class Corpus(NamedTuple):
