@@ -79,6 +79,7 @@ class ModelSettings:
         kinds: with layer_types: kind -> arguments of its blocks
         dtype: of the products: bfloat16, float32; None: bfloat16 on a GPU, float32 on a CPU; weights and moments are kept in float32
         recompute: run blocks again for the gradient: less memory, a third more time
+        compile: a step is recorded once: faster, but the first takes seconds longer on a GPU
     """
     model: str | None = None # folder or hub id; None: a new model
     dims: int = 256 # size of the residual stream
@@ -88,6 +89,7 @@ class ModelSettings:
     kinds: dict = field(default_factory=dict) # with layer_types: kind -> arguments of its blocks
     dtype: str | None = None # of the products: bfloat16, float32; None: bfloat16 on a GPU, float32 on a CPU; weights and moments are kept in float32
     recompute: bool = False # run blocks again for the gradient: less memory, a third more time
+    compile: bool = True # a step is recorded once: faster, but the first takes seconds longer on a GPU
 
 # %% ../../nbs/train/75_trainer.ipynb #t7500011
 @dataclass(kw_only=True)
@@ -324,7 +326,7 @@ def _cache(model, states): # states: an array list for each neuron, or nothing
 
 # %% ../../nbs/train/75_trainer.ipynb #t7500032
 class TrainingStep:
-    """Steps of training, recorded once. The host hands over batches and waits for nothing.
+    """Steps of training, recorded once unless `compile` is off. The host hands over batches and waits for nothing.
 
     Args:
         model: float32, trained in place
@@ -351,7 +353,7 @@ class TrainingStep:
     def record(self):
         "Compile, around the arrays that there are."
         self.kept = [self.model.state, self.optimizer.state, mx.random.state, self.states, self.tally]
-        compiled = partial(mx.compile, inputs=self.kept, outputs=self.kept)
+        compiled = partial(mx.compile, inputs=self.kept, outputs=self.kept) if self.config.compile else lambda f: f
         self._first = compiled(lambda batch: _gradients(self, batch))
         self._more = compiled(lambda sums, batch: tree_map(mx.add, sums, _gradients(self, batch)))
         self._update = compiled(lambda *sums_and_settings: _updated(self, *sums_and_settings))
