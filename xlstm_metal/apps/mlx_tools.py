@@ -74,8 +74,19 @@ def _wrap_load_model(wrapped):
         file = (_xlstm_settings(path) or {}).get("model_file")
         if file: model_config = (model_config or {}) | {"model_file": None}
         model, config = wrapped(path, lazy, strict, model_config, **kw)
+        if load_model.unpack and _xlstm_settings(path): _unpack_small(model)
         return model, config | {"model_file": file} if file else config
+    load_model.unpack = False # True: as `load` does it on a CPU
     return load_model
+
+def _unpack_small(model): # changed in place; its numbers stay what they are
+    import mlx.core as mx
+    from mlx_lm.utils import get_total_parameters
+    from xlstm_metal.model.quantize import dequantize_modules
+    if mx.default_device() != mx.Device(mx.cpu) or not model.args.quantization or 4 * get_total_parameters(model) >= 1e9: return
+    model.set_dtype(mx.float32)
+    dequantize_modules(model)
+    mx.eval(model.parameters())
 
 def _set_bos_and_eos(tokenizer, config, add_bos: bool): # a tokenizer of mlx-lm, changed in place
     from xlstm_metal.model.tokenizer import eos_ids, special_ids
@@ -192,6 +203,7 @@ def _run_mlx_lm(command: str, argv: list[str]) -> int: # exit status
     if mx.default_device() == mx.Device(mx.cpu): mx.disable_compile() # or a C++ compiler runs for each function
     from mlx_lm import cli, utils
     prepare()
+    utils.load_model.unpack = command in ("benchmark", "cache_prompt", "chat", "evaluate", "generate", "perplexity", "server") # which write no weights
     utils.load_tokenizer.add_bos = not (command == "generate" and _option(argv, "--prompt-cache-file"))
     if command == "awq": _patch_awq()
     if command == "server":

@@ -21,7 +21,7 @@ from ..files import (CheckpointError, bundled, hub_answers, hub_errors, hub_id, 
     resolve, settings_file, Tensor, weight_files)
 from .config import xLSTMConfig
 from .model import Backbone, Model
-from .quantize import bit_allocation, dequantize_modules, dequantize_weights, quantize_modules, quantize_weights
+from .quantize import bit_allocation, bits_of, dequantize_modules, dequantize_weights, quantize_modules, quantize_weights
 from .tokenizer import load_tokenizer
 from ..wiring.wiring import check_wiring, Executable, WiringError
 
@@ -138,7 +138,7 @@ def load(
     weights = model.sanitize(read_weights(folder))
     if quantize is None and _is_small(tensors, config, dtype): quantize = False
     if quantize is False: weights = dequantize_weights(weights, dequantize_modules(model), mx.float32)
-    chosen = {} if quantize in (None, False, "stored") else choose(model, quantize)
+    chosen = {} if quantize in (None, False, "stored") or str(quantize) == bits_of(config.quantization) else choose(model, quantize)
     tokenizer = load_tokenizer(folder, config)
     fill(model, weights, dtype, chosen)
     return model.eval(), tokenizer
@@ -309,7 +309,7 @@ def info(
     layout = ["NX-AI" if source == "config.yaml" and c.layout.name == "large" else c.layout.title]
     if any("qkv_opreact" in n for n in tensors): layout.append("fused")
     if not head and table: layout.append("tied")
-    if c.quantization: layout.append(f"quantised to {_bits_in(c.quantization)} bits")
+    if c.quantization: layout.append(f"quantised to {bits_of(c.quantization)} bits")
     weight_bytes, again = sum(t.nbytes for t in tensors.values()), 0
     if c.wiring: # a block runs for each neuron that has its weights
         times = Counter(n.weights for n in c.wiring.neurons)
@@ -319,10 +319,6 @@ def info(
                 decode_bytes=weight_bytes + again - head * sum(t.nbytes for t in table), state_bytes=c.state_bytes)
 
 # %% ../../nbs/model/46_checkpoint.ipynb #8b6d86db
-def _bits_in(q: dict) -> str: # quantization of a config
-    own = {v["bits"] for v in q.values() if isinstance(v, dict)}
-    return " and ".join(map(str, sorted(own | {q["bits"]})))
-
 def config_and_headers(
     path: str | Path | None, # folder or hub id; None is the bundled model
     revision: str | None = None, # branch, tag or commit on the hub
