@@ -18,7 +18,7 @@ SERIAL := $(if $(filter Darwin,$(OS)),--n_workers 0)
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test browser openblas parity docs lab export gpu-report clean
+.PHONY: help demo test browser openblas parity docs lab export gpu-report bundled clean
 help:            ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile | expand -t 16
 
@@ -58,6 +58,10 @@ export: .venv/dev       ## package, kernels and README from the notebooks
 
 gpu-report: .venv/run   ## check and time all kernels on this machine's GPU
 	$(BIN)/python tests/gpu.py --report build/gpu-report
+
+bundled: .venv/dev .venv-parity/run ## the bundled model anew: its text is these two environments; needs a GPU
+	rm -rf build/bundled
+	$(BIN)/nbdev_test --path nbs/train/79_bundled.ipynb --flags 'slow gpu' --n_workers 0 --do_print
 
 clean:          ## remove everything that make made
 	rm -rf .venv .venv-parity build dist *.egg-info
