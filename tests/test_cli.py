@@ -402,7 +402,7 @@ def test_slow_products_are_told_once(tmp_path):
 
 
 def test_bench(tmp_path):
-    r = run("bench", "--prompts", "64", "--batches", "1", "2", "--tokens", "4", "--training", "1", "16", "--json", tmp_path / "b.json", "--picture", tmp_path / "b.png")
+    r = run("bench", "-m", FIXTURES / "hf_tiny", "--prompts", "64", "--batches", "1", "2", "--tokens", "4", "--training", "1", "16", "--json", tmp_path / "b.json", "--picture", tmp_path / "b.png")
     report = json.loads((tmp_path / "b.json").read_text())
     assert r.returncode == 0 and [x["part"] for x in report["rows"]] == ["decode", "decode", "prefill", "training"] and "tokens/s" in r.stdout
     assert all(x["tokens_per_second"] > 0 for x in report["rows"]) and (tmp_path / "b.png").stat().st_size > 5000
@@ -413,7 +413,7 @@ def test_bench(tmp_path):
 @pytest.mark.parametrize("words, says", [
     (["--sizes", "64", "2", "3"], "there is no model of 64 2 3"), (["--sizes", "64", "2", "2", "-m", "x"], "leave out --model"),
     (["--json", "/no/such/folder/b.json"], "cannot be written"), (["--tokens", "0"], "must be a whole number"), (["--picture", "b.txt"], "must end with"),
-    (["-m", "/no/such/model"], "/no/such/model"), (["-m", str(FIXTURES / "stack_tiny"), "--compare", "nxai", "--tokens", "100000"], "xLSTM 7B only"), (["--quantize", "4", "--training", "1", "16"], "quantised model cannot be trained")])
+    (["-m", "/no/such/model"], "/no/such/model"), (["-m", str(FIXTURES / "stack_tiny"), "--compare", "nxai", "--tokens", "100000"], "xLSTM 7B only"), (["--sizes", "64", "2", "2", "--quantize", "4", "--training", "1", "16"], "quantised model cannot be trained")])
 def test_bench_refuses(words, says):
     r = run("bench", *words)
     assert r.returncode == 2 and says in r.stderr and "Traceback" not in r.stderr, r.stderr

@@ -89,7 +89,7 @@ def test_a_runner_without_a_checkpoint_says_so(tmp_path):
 
 def test_model_info(bundled):
     info = xm.xLSTMRunner(*bundled).get_model_info()
-    assert info["embedding_dim"] == info["hidden_size"] == 256 and info["chunk_size"] == 64 and info["num_blocks"] == 6
+    assert info["embedding_dim"] == info["hidden_size"] == 512 and info["chunk_size"] == 64 and info["num_blocks"] == 7
     assert xm.xLSTMRunner(STACK).get_model_info()["embedding_dim"] == xm.load(STACK)[0].args.hidden_size
     without = xm.Model(xLSTMWiring([Neuron("conv", 0, 16)]), 40)
     assert xm.xLSTMRunner(without).get_model_info()["chunk_size"] is None

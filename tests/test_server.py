@@ -58,7 +58,7 @@ class Running:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return convert(None, tmp_path_factory.mktemp("server") / "copy", to="mlx", dtype="float32")
+    return convert(None, tmp_path_factory.mktemp("server") / "copy", to="mlx", dequantize=True, dtype="float32")
 
 
 @pytest.fixture(scope="module")

@@ -157,25 +157,25 @@ def test_states_of_other_models(saved, tmp_path):
     refused(path, tuned, "another model: its weights do not match", state)
 
 
-def test_packed_and_unpacked_weights_share_their_states(tmp_path):
+def test_packed_and_unpacked_weights_share_their_states(original, tmp_path):
     "A state of one is used by the other, and a state of the model before it was quantised by neither."
-    convert(None, tmp_path / "q", quantize="mixed")
+    convert(original, tmp_path / "q", quantize="mixed")
     packed, floats = (load(tmp_path / "q", mx.float32, quantize=how)[0] for how in ("stored", False))
-    original, _ = load(dtype=mx.float32)
+    unrounded, _ = load(original, dtype=mx.float32)
     for model, other in ((packed, floats), (floats, packed)):
         state = State(model).read([0, 5, 9, 300, 301])
         state.save(tmp_path / "state")
         again = State.load(tmp_path / "state", other)
         for s in (again, state): s.feed(mx.array([7]))
         assert mx.abs(again.logits - state.logits).max() < 1e-3
-        refused(tmp_path / "state", original, "another model: its weights do not match", state)
+        refused(tmp_path / "state", unrounded, "another model: its weights do not match", state)
 
 
 def test_other_layouts(saved):
     state, path = saved
     arrays, notes = read_arrays(path)
     for change, says in ((dict(logits=mx.zeros((1, 7))), r"array logits is \(1, 7\) there and \(1, 4096\)"),
-                         ({"6.0": arrays["5.0"]}, r"array 6.0 is \(1, 4, 32, 64\) there and None"),
+                         ({"7.0": arrays["6.0"]}, r"array 7.0 is \(1, 4, 64, 128\) there and None"),
                          ({"2.1": None}, r"array 2.1 is None there")):
         write_arrays(path, {n: a for n, a in (arrays | change).items() if a is not None}, notes)
         refused(path, state.model, "another layout: " + says, state)
@@ -305,6 +305,7 @@ def test_ctrl_c_at_any_moment(tmp_path):
 def test_memory_is_flat_and_the_end_is_the_same():
     model, _ = load(HERE / "fixtures" / "hf_tiny", mx.float32)
     model.args.max_inference_chunksize = 64
+    mx.clear_cache()  # a buffer left by another test may be taken for a smaller array, and counts whole
     ids = np.random.default_rng(0).integers(0, model.args.vocab_size, 64 * 40)
     log = []
 

@@ -59,7 +59,7 @@ def refused(status, says, f, *args, **kw):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory): return convert(None, tmp_path_factory.mktemp("states") / "copy", to="mlx", dtype="float32")
+def folder(tmp_path_factory): return convert(None, tmp_path_factory.mktemp("states") / "copy", to="mlx", dequantize=True, dtype="float32")
 
 
 @pytest.fixture(scope="module")
