@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from . import lfm2, mlstm, slstm # register their kinds
+from . import lfm2, mamba2, mlstm, slstm # register their kinds
 from .block import BlockError, BlockSpec, Kind, kinds, make_block
 
 # %% ../../nbs/blocks/25_discovery.ipynb #e7776fd7

@@ -20,9 +20,6 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 from ..blocks.block import BlockSpec, make_block
-from ..blocks.mamba2 import DecayGate
-from ..cells.conv import DepthwiseConvWeights
-from ..cells.norms import LayerNorm
 from ..metal import backend
 from ..model.config import xLSTMConfig
 from ..model.model import Model
@@ -168,10 +165,7 @@ def new_model(
         float32
     """
     mx.random.seed(seed) # of what has a beginning of its own
-    model, own = Model(size.config(vocab_size)), []
-    for path, m in model.named_modules():
-        if isinstance(m, (LayerNorm, DepthwiseConvWeights, DecayGate)): own += [(f"{path}.{n}", w) for n, w in tree_flatten(m.parameters())]
-    return init_weights(model, seed).load_weights(own, strict=False)
+    return init_weights(Model(size.config(vocab_size)), seed)
 
 # %% ../../nbs/train/76_scaling.ipynb #t7600017
 def rate_for(width: int) -> float: # width: of the residual stream

@@ -18,6 +18,9 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from ..blocks.block import and_reset
+from ..blocks.mamba2 import DecayGate
+from ..cells.conv import DepthwiseConvWeights
+from ..cells.norms import LayerNorm
 from ..generation.compiled_step import drops_out, same_inputs
 from ..metal import backend
 from ..model.model import Model
@@ -97,11 +100,13 @@ def init_weights(model: Model, seed: int = 0) -> Model: # model: its parameters 
         seed: of the random numbers
     """
     c, key = model.args, mx.random.key(seed)
+    kinds = {path: type(m) for path, m in model.named_modules()}
     small, wang = math.sqrt(2 / (5 * c.hidden_size)), 2 / (c.num_hidden_layers * math.sqrt(c.hidden_size))
     def new(path, w):
         nonlocal key
         key, k = mx.random.split(key)
-        if any(part in path for part in _self_initialised): return w
+        if any(part in path for part in _self_initialised) or kinds[path.rpartition(".")[0]] in (DecayGate, DepthwiseConvWeights): return w
+        if kinds[path.rpartition(".")[0]] is LayerNorm: return mx.zeros(w.shape) # it multiplies by 1 + weight
         if "fgate_preact.bias" in path: return mx.linspace(3, 6, w.size)
         if "igate_preact.bias" in path: return mx.full(w.shape, -10.)
         if "gate_preact" in path or path.endswith("bias"): return mx.zeros(w.shape)

@@ -71,7 +71,7 @@ class ModelSettings:
     """A model to begin from, with whatever blocks and wiring it has; or the sizes of a new one, of the form of xLSTM 7B if nothing else is said.
 
     Attributes:
-        model: folder or hub id; None: a new model
+        model: folder or hub id, of which a quantised one is unpacked; None: a new model
         dims: size of the residual stream
         blocks: one after the other
         heads: of each block that has heads
@@ -81,7 +81,7 @@ class ModelSettings:
         recompute: run blocks again for the gradient: less memory, a third more time
         compile: a step is recorded once: faster, but the first takes seconds longer on a GPU
     """
-    model: str | None = None # folder or hub id; None: a new model
+    model: str | None = None # folder or hub id, of which a quantised one is unpacked; None: a new model
     dims: int = 256 # size of the residual stream
     blocks: int = 6 # one after the other
     heads: int = 4 # of each block that has heads
@@ -748,8 +748,7 @@ def _begin(config: TrainConfig, found: Path | None): # found: a checkpoint; retu
     "What is there before the text is read."
     if found: return load(found / "model", mx.float32)
     out, none = Path(config.out), xLSTMConfig([])
-    model, tokenizer = load(config.model, mx.float32) if config.model else (None, None)
-    if model and model.args.quantization: raise TrainError(f"{config.model} is quantised: train the original")
+    model, tokenizer = load(config.model, mx.float32, quantize=False) if config.model else (None, None)
     if config.tokenizer == "train" or not (config.tokenizer or tokenizer):
         _own_tokenizer(config, out / "tokenizer")
         tokenizer = load_tokenizer(out / "tokenizer", none)
