@@ -113,10 +113,10 @@ def test_generation_with_kernels_is_the_same_text(host, monkeypatch):
     def write(): return [t for t, _ in islice(tokens(State(model).read([0, *ids]), Sampling()), 12)]
     with_kernels = write()
     report = metal.kernel_report()
-    assert report["mlstm_step"] == {"host": 6 * 12} and report["head_norm_gate"] == {"host": 6 * 13} # six blocks; the prompt is one pass
+    assert report["mlstm_step"] == {"host": 7 * 12} and report["head_norm_gate"] == {"host": 7 * 13} # seven blocks; the prompt is one pass
     monkeypatch.setenv("XLSTM_METAL_KERNELS", "off")
     assert write() == with_kernels
-    assert metal.kernel_report()["mlstm_step"]["plain"] == 6 * 12
+    assert metal.kernel_report()["mlstm_step"]["plain"] == 7 * 12
 
 
 def test_the_step_with_merged_maps_is_the_same(host):
@@ -130,7 +130,7 @@ def test_the_step_with_merged_maps_is_the_same(host):
             (step := CompiledStep()).record(model)
             for t in range(3): got, want = step(model, mx.full((rows, 1), 5 + t), caches[0]), model(mx.full((rows, 1), 5 + t), caches[1])
         assert mx.allclose(got, want, atol=1e-4)
-        assert metal.kernel_report()["rms_norm_gates"] == {"host": 3 * 6} and metal.kernel_report()["add_rms_norm"]["host"] == 7 * 6 # one of them to see what could be merged
+        assert metal.kernel_report()["rms_norm_gates"] == {"host": 3 * 7} and metal.kernel_report()["add_rms_norm"]["host"] == 7 * 7 # one of them to see what could be merged
 
 
 def test_training_with_kernels_is_the_same_curve(host, monkeypatch):
@@ -265,7 +265,7 @@ def refusing(as_if_metal, monkeypatch):
 
 
 REFUSALS = {"a type": lambda name, types, constants: name == "head_norm_gate" and constants["T"] == mx.bfloat16,
-            "a constant": lambda name, types, constants: name == "mlstm_recurrent" and constants.get("ROWS") == 4,
+            "a constant": lambda name, types, constants: name == "mlstm_recurrent" and constants.get("ROWS") == 8, # an eighth of the heads' keys
             "a kernel": lambda name, types, constants: name == "mlstm_step"}
 
 

@@ -39,10 +39,10 @@ class Running:
         try: return urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=10).status
         except OSError: return None
 
-    def write(self, prompt, max_tokens=16, **kw):
+    def write(self, prompt, max_tokens=8, **kw):
         return self.client.completions.create(model="default_model", prompt=prompt, max_tokens=max_tokens, temperature=0, **kw)
 
-    def stream(self, prompt, max_tokens=16):
+    def stream(self, prompt, max_tokens=8):
         return "".join(c.choices[0].text for c in self.write(prompt, max_tokens, stream=True))
 
     def post(self, body, path="/v1/completions"):
@@ -73,7 +73,7 @@ def server(folder):
 def single(folder):
     "What each prompt gets from a model that nobody else uses."
     model, tokenizer = xm.load(folder, mx.float32)
-    answers = [xm.generate(model, tokenizer, p, max_tokens=16) for p in PROMPTS]
+    answers = [xm.generate(model, tokenizer, p, max_tokens=8) for p in PROMPTS]
     assert len(set(answers)) > 30 # or a mix-up would not be seen
     return answers
 

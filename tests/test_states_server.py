@@ -25,7 +25,7 @@ from xlstm_metal.model.tokenizer import encode
 SOURCE = Path(xm.__file__).parent / "generation" / "state.py"
 DOCUMENT = SOURCE.read_text()[:2500].rstrip()
 QUESTIONS = ["How is a state saved?", "Which of these methods raises an error if the file is damaged, and why?", "Who?"]
-STATE = 217_800 # bytes of a file, a little more
+STATE = 944_000 # bytes of a file, a little more
 
 
 class Served(Running):
@@ -183,13 +183,13 @@ def test_answers_on_states_equal_single_runs(server, loaded):
     texts = {f"s{n}": f"import m{n}\n\ndef read_{n}(path_{n}):\n    return open(path_{n}, '{'rwab'[n % 4]}')\n" for n in range(8)}
     for name, text in texts.items(): server.create(name, text)
     prompts = [(name, f"\ndef {verb}_{name}(") for name in texts for verb in "copy walk load save join split close merge".split()]
-    want = [alone(loaded, prompt, 16, State(model).prefill(texts[name], tokenizer, None)) for name, prompt in prompts]
+    want = [alone(loaded, prompt, 12, State(model).prefill(texts[name], tokenizer, None)) for name, prompt in prompts]
     assert len(set(want)) > 40
 
     def stream(n):
         time.sleep(.002 * n)
         name, prompt = prompts[n]
-        return "".join(c.choices[0].text for c in server.ask(prompt, name, n=16, stream=True)).strip()
+        return "".join(c.choices[0].text for c in server.ask(prompt, name, n=12, stream=True)).strip()
 
     def leave(n):
         c = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
