@@ -33,7 +33,7 @@ def test_three_commands(tmp_path):
     xm.save(model, tmp_path / "model", xm.load(dtype=mx.float32)[1])
     (tmp_path / "data").mkdir()
     (tmp_path / "data/train.jsonl").write_text("".join(json.dumps({"text": f"def times_{n}(x): return {n} * x"}) + "\n" for n in range(8)))
-    run("convert", "model", "packed", "--quantize", 4, "--measure", 0, cwd=tmp_path)
+    run("convert", "model", "packed", "--quantize", 4, cwd=tmp_path)
     run("mlx", "lora", "--model", "packed", "--train", "--data", "data", "--adapter-path", "adapters", "--num-layers", -1, "--grad-checkpoint", "--batch-size", 1,
         "--grad-accumulation-steps", 2, "--max-seq-length", 32, "--learning-rate", "1e-2", "--iters", 4, cwd=tmp_path)
     learned = mx.load(str(tmp_path / "adapters/adapters.safetensors"))

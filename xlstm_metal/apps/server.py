@@ -9,7 +9,7 @@ __all__ = ['Task', 'Prompt', 'PromptCache', 'CheckpointCache', 'Generator', 'Not
 # %% ../../nbs/apps/62_server.ipynb #b0203143
 import argparse, hmac, io, ipaddress, json, logging, os, re, select, shutil, socket, time, uuid
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from http.server import ThreadingHTTPServer
@@ -599,16 +599,19 @@ class StatesHandler(CheckingHandler):
         self.task, generator = self._origin(name), self.response_generator
         if save is None: yield None
         else:
-            with self.states.writing(save, replace=save == name):
+            with ExitStack() as reserved: # until the state is written: the end of the answer tells the client that the name is free again
+                reserved.enter_context(self.states.writing(save, replace=save == name))
                 def finish(ids):
                     self.response_generator = generator
                     self._write(save, self._read(ids, self.task))
+                    reserved.close()
                 yield finish
 
     def _create(self, name: str, text: str | None, after: str | None = None):
         _require(text is None or text, "the text is empty")
         if text is None: return self._answer(200, _describe(self.states.fork(after, name)))
-        with self.states.writing(name): self._answer(200, _describe(self._write(name, self._read(text, self._origin(after)))))
+        with self.states.writing(name): made = self._write(name, self._read(text, self._origin(after)))
+        self._answer(200, _describe(made)) # once the name is free again
 
     def _upload(self, name: str, first: bytes, length: int): # first: bytes of the file that were received already
         part = self.states.folder / f".{uuid.uuid4().hex}.safetensors"
@@ -619,11 +622,12 @@ class StatesHandler(CheckingHandler):
                     while f.tell() < length and (more := self.rfile.read(min(1 << 20, length - f.tell()))): f.write(more)
                     _require(f.tell() == length, "the request body is shorter than its Content-Length")
                 self.response_generator.do(lambda: State.load(part, self.states.model) and None) # all of it is in order
-                self._answer(200, _describe(self.states.copy_in(name, part)))
+                made = self.states.copy_in(name, part)
             except StateError as e: raise type(e)(str(e).replace(str(part), "the uploaded file")) from e
             except (TimeoutError, ConnectionError): raise # of the client
             except OSError as e: raise StateError(f"the state {name!r} cannot be written: {e.strerror}") from e
             finally: part.unlink(missing_ok=True)
+        self._answer(200, _describe(made)) # once the name is free again
 
     def _send(self, info: StateInfo):
         try: f = open(self.states.path(info.name), "rb") # stays this file, whatever happens to the name
