@@ -372,7 +372,9 @@ def test_killed_while_states_are_written(folder, loaded, tmp_path):
                 except Exception: return
         threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
         for t in threads: t.start()
-        time.sleep(1.3 + random.random())
+        end = time.monotonic() + 60
+        while len(confirmed) <= 8 and time.monotonic() < end: time.sleep(.01)
+        time.sleep(random.random())
         running.kill()
         for t in threads: t.join()
         assert len(confirmed) > 8
