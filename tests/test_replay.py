@@ -114,6 +114,36 @@ def test_rows_take_back_different_numbers(model):
         for r in range(3): assert close(got[r], model(mx.concatenate([rows[r], more[r:r + 1, :1], more[r:r + 1, 5:7]], 1))[0, -2:])
 
 
+def test_padded_pieces_between_others(model):
+    "Short and long pieces whose rows have different lengths, some none, behind tokens that are kept."
+    mx.random.seed(3)
+    cache, rows = model.make_cache(replay=L), [mx.zeros((1, 0), mx.int32)] * 3
+    def read(n, lengths):
+        new = ids(3, n)
+        for slot in cache: slot.prepare(lengths=lengths)
+        got = model(new, cache)
+        for slot in cache: slot.finalize()
+        for r, m in enumerate(lengths):
+            rows[r] = mx.concatenate([rows[r], new[r:r + 1, :m]], 1)
+            if m: assert close(got[r, :m], model(rows[r])[0, -m:])
+    def take(lost):
+        trimmed(cache, lost)
+        rows[:] = [row[:, :row.shape[1] - n] for row, n in zip(rows, lost)]
+    read(5, [5, 5, 5])
+    read(4, [4, 1, 0])
+    take([2, 3, 4])
+    read(3, [2, 3, 1])
+    for _ in range(3):
+        read(5, [5, 1, 0])
+        take([4, 0, 0])
+    take([1, 5, 0])
+    read(12, [12, 2, 9])
+    assert [slot.cache[-1].tolist() for slot in cache] == [[6, 2, 6]] * len(cache)
+    with pytest.raises(CacheError): trimmed(cache, [6, 3, 6])
+    take([6, 2, 6])
+    read(2, [2, 2, 2])
+
+
 def test_too_many_are_refused(model):
     cache = model.make_cache(replay=L)
     assert can_trim_prompt_cache(cache) and trim_prompt_cache(cache, 0) == 0

@@ -257,8 +257,9 @@ def run_wiring(
     if mask is None and cache[0] is not None: mask = cache[0].make_mask(S)
     kept = [None if slot is None or slot.empty() else tuple(slot.arrays if length else slot.cache) for slot in cache]
     zeros = mx.zeros_like(inputs[0][:, :1])
-    before = {i: kept[i][-1] if kept[i] else mx.repeat(zeros, 1 + length, axis=1) for i in plan.delayed}
-    previous = {i: y[:, -1:] for i, y in before.items()}
+    nothing = mx.repeat(zeros, 1 + length, axis=1) if length else zeros
+    before = {i: kept[i][-1] if kept[i] else nothing for i in plan.delayed}
+    previous = {i: y[:, -1:] for i, y in before.items()} if length else before
     states = [k[:-1] if k and j in previous else k for j, k in enumerate(kept)]
     if observer is not None: observer.begin()
     run = WiringRun(plan, blocks, combiners, observer, inputs, states, previous, mask, reset)
