@@ -47,6 +47,7 @@ class Replay:
         block, # as `Block` describes it
         length: int, # tokens that can be taken back, L
     ):
+        if length < 1: raise WiringError(f"the number of tokens that can be taken back must be positive, got {length}")
         self.block, self.length = block, length
         self.state_size, self.way = getattr(block, "state_size", 1), getattr(block, "takes_back", "copies")
         if getattr(block, "grows", False) and self.way != "keys":
