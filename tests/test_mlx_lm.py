@@ -373,8 +373,19 @@ def test_mlx_chat(chatty, mlx):
     assert answer.split()[0] in r.stdout
 
 
+@pytest.mark.parametrize("options", [(), ("--num-draft-tokens", 12)], ids=["3 at a time", "12 at a time"])
+@pytest.mark.parametrize("kind", ["7B", "stack", "circuit", "hybrid"])
+def test_drafts(kind, options, mlx, tmp_path, bundled):
+    "The text of the larger model alone, whatever drafts it: another model, or itself."
+    save(small(kind), tmp_path / "large", bundled[1])
+    def said(*more): return spoken(mlx("generate", "--model", tmp_path / "large", "-p", "def f(", "-m", 20, "--temp", 0, *more))
+    want = said()
+    save(small("stack"), tmp_path / "small", bundled[1])
+    for drafter in ("small", "large"): assert said("--draft-model", tmp_path / drafter, *options) == want
+
+
 def test_unsupported_arguments(mlx):
-    assert "cannot be rolled back" in mlx("generate", "--model", "model", "--draft-model", "model", status=2)
+    assert "the server does not draft" in mlx("server", "--model", "model", "--draft-model", "model", status=2)
     assert "--quantize mixed" in mlx("convert", "--model", "model", "-q", "--quant-predicate", "mixed_4_6", status=2)
     assert "there is no folder ./nowhere" in mlx("perplexity", "--model", "./nowhere", status=2)
     assert "unknown command" in mlx("paint", status=2)

@@ -7,6 +7,7 @@ __all__ = ['register', 'prepare', 'mlx', 'enable', 'disable']
 
 # %% ../../nbs/apps/61_mlx_tools.ipynb #f6f071e8
 import json, resource, sys
+from functools import partial
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,8 +76,10 @@ def _wrap_load_model(wrapped):
         if file: model_config = (model_config or {}) | {"model_file": None}
         model, config = wrapped(path, lazy, strict, model_config, **kw)
         if load_model.unpack and _xlstm_settings(path): _unpack_small(model)
+        if load_model.replay and _xlstm_settings(path): model.make_cache = partial(model.make_cache, load_model.replay)
         return model, config | {"model_file": file} if file else config
     load_model.unpack = False # True: as `load` does it on a CPU
+    load_model.replay = 0 # tokens that can be taken back, for drafts
     return load_model
 
 def _unpack_small(model): # changed in place; its numbers stay what they are
@@ -178,7 +181,7 @@ def _unsupported_reason(command: str, argv: list[str], settings: dict) -> str | 
     port, cache = _option(argv, "--port") or "", _option(argv, "--prompt-cache-file") or ""
     refused = (
         ("model_type" not in settings, "config.json is missing model_type, which mlx-lm needs: copy the checkpoint with xlstm-metal convert"),
-        (_option(argv, "--draft-model"), "speculative decoding is not supported: a recurrent state cannot be rolled back"),
+        (command == "server" and _option(argv, "--draft-model"), "the server does not draft: use xlstm-metal mlx generate --draft-model"),
         (command == "convert" and _option(argv, "--quant-predicate"),
          "mlx-lm's mixed recipes do not know the layers of xLSTM: use xlstm-metal convert --quantize mixed"),
         (command == "server" and _option(argv, "--kv-bits"),
@@ -197,6 +200,10 @@ def _has_chat_template(path: str) -> bool: # of a checkpoint that is here
     return in_config or (resolve(path) / "chat_template.jinja").exists()
 
 # %% ../../nbs/apps/61_mlx_tools.ipynb #e20cc46b
+def _drafted(argv: list[str]) -> int: # tokens at a time, or more; what is no number is mlx-lm's to refuse
+    n = _option(argv, "--num-draft-tokens") or ""
+    return max(8, int(n)) if n.isdecimal() else 8
+
 def _run_mlx_lm(command: str, argv: list[str]) -> int: # exit status
     "Run a command of mlx-lm in this process."
     import mlx.core as mx
@@ -204,6 +211,7 @@ def _run_mlx_lm(command: str, argv: list[str]) -> int: # exit status
     from mlx_lm import cli, utils
     prepare()
     utils.load_model.unpack = command in ("benchmark", "cache_prompt", "chat", "evaluate", "generate", "perplexity", "server") # which write no weights
+    utils.load_model.replay = _drafted(argv) if command == "generate" and _option(argv, "--draft-model") else 0
     utils.load_tokenizer.add_bos = not (command == "generate" and _option(argv, "--prompt-cache-file"))
     if command == "awq": _patch_awq()
     if command == "server":

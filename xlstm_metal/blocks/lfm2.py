@@ -177,7 +177,7 @@ class AttentionBlock(OperatorBlock):
         norm_eps: of both norms
         rope_base: as for `rotate`
     """
-    state_size, grows, operator = 3, True, "self_attn" # keys, values, which are real
+    state_size, grows, takes_back, operator = 3, True, "keys", "self_attn" # keys, values, which are real
     def __init__(self,
         dims: int, # size of the residual stream, D
         num_heads: int, # of queries
@@ -207,7 +207,7 @@ class ConvBlock(OperatorBlock):
         kernel_size: taps
         norm_eps: of both norms
     """
-    state_size, operator = 1, "conv" # the last inputs of the convolution
+    state_size, takes_back, operator = 1, "inputs", "conv" # the last inputs of the convolution
     def __init__(self,
         dims: int, # size of the residual stream, D
         ffn_dims: int, # size inside the feed-forward network

@@ -15,6 +15,7 @@ from ..cells.mlstm_gates import gate_maps
 from ..cells.norms import LayerNorm, RMSNorm, MultiHeadNorm, add_and_norm
 from ..cells.mlstm import forget_before, mlstm_step_plain
 from ..cells.mlstm_chunk_gradients import mlstm_chunkwise
+from ..cells.mlstm_replay import read_and_log
 from ..cells.mlstm_step_kernel import mlstm_step
 from .block import Block, and_reset, block, memory_sizes, rms
 from .ffn import GatedFFN, round_up
@@ -43,7 +44,7 @@ class mLSTMCell(nn.Module):
     def __call__(self,
         q: mx.array, k: mx.array, v: mx.array, # (B, NH, S, DQK) twice, (B, NH, S, DV)
         i: mx.array, f: mx.array, # gate preactivations (B, NH, S), capped already
-        state: tuple | None = None, # C (B,NH,DQK,DV), n (B,NH,DQK), m (B,NH,1); None is the empty state
+        state: tuple | None = None, # C (B,NH,DQK,DV), n (B,NH,DQK), m (B,NH,1); with a log behind them, what is read is logged; None is the empty state
         mask: mx.array | None = None, # (B, S) bool, False leaves the state as it was
         reset: mx.array | None = None, # (B, S) bool, True where a text begins, for which the state is forgotten
     ) -> tuple[mx.array, tuple]: # h (B, NH, S, DV) float32, new state
@@ -51,7 +52,7 @@ class mLSTMCell(nn.Module):
         Args:
             q, k, v: (B, NH, S, DQK) twice, (B, NH, S, DV)
             i, f: gate preactivations (B, NH, S), capped already
-            state: C (B,NH,DQK,DV), n (B,NH,DQK), m (B,NH,1); None is the empty state
+            state: C (B,NH,DQK,DV), n (B,NH,DQK), m (B,NH,1); with a log behind them, what is read is logged; None is the empty state
             mask: (B, S) bool, False leaves the state as it was
             reset: (B, S) bool, True where a text begins, for which the state is forgotten
 
@@ -59,6 +60,7 @@ class mLSTMCell(nn.Module):
             h (B, NH, S, DV) float32, new state
         """
         if reset is not None: f = forget_before(f, reset)
+        if state is not None and len(state) > 3: return read_and_log(q, k, v, i, f, state, mask, self.eps)
         if q.shape[2] == 1: return mlstm_step(q, k, v, i, f, state, mask, self.eps)
         return mlstm_chunkwise(q, k, v, i, f, state, mask, self.chunk_size, self.eps)
 
@@ -223,7 +225,7 @@ class mLSTMBlock(Block):
         chunk_size: tokens per chunk
         act_fn: of the feed-forward network
     """
-    state_size = 3 # C, n, m
+    state_size, takes_back = 3, "log" # C, n, m
     def __init__(
         self, dims: int, num_heads: int, qk_dims: int, v_dims: int, ffn_dims: int, norm_eps: float = 1e-6, bias: bool = False,
         gate_soft_cap: float | None = 15., eps: float = 1e-6, chunk_size: int = 64, act_fn: str = "silu"
@@ -383,8 +385,8 @@ class mLSTMPreUpLayer(nn.Module):
             (B, S, D), new state
         """
         given, past, conv_state = self.inputs(x, state[3] if state else None, *and_reset(mask, reset))
-        h, state = self.cell(*given, state[:3] if state else None, *and_reset(mask, reset))
-        return self.outputs(h, *past), (*state, conv_state)
+        h, state = self.cell(*given, (*state[:3], *state[4:]) if state else None, *and_reset(mask, reset))
+        return self.outputs(h, *past), (*state[:3], conv_state, *state[3:])
 
 # %% ../../nbs/blocks/22_mlstm.ipynb #13502bdb
 @block("mlstm", "first paper", lambda D: dict(num_heads=4, inner_dims=2 * D), prefix="xlstm.mlstm_cell.",
@@ -405,7 +407,7 @@ class mLSTMPreUpBlock(Block):
         num_blocks: of the whole stack: the deeper, the smaller the last map begins
         chunk_size: tokens per chunk
     """
-    state_size = 4 # C, n, m, and the last inputs of the convolution
+    state_size, takes_back = 4, "log" # C, n, m, and the last inputs of the convolution
     def __init__(
         self, dims: int, inner_dims: int, num_heads: int, qkv_size: int = 4, kernel_size: int = 4, bias: bool = False,
         dropout: float = 0., num_blocks: int = 1, chunk_size: int = 64

@@ -132,7 +132,13 @@ class Model(nn.Module):
     def wiring(self, wiring: Executable): self.backbone.wiring = wiring
     @property
     def layers(self) -> list: return self.backbone.blocks
-    def make_cache(self) -> list: return self.backbone.make_cache()
+    def make_cache(self, replay: int = 0) -> list: # replay: tokens that can be taken back later, as for `BlockStack`
+        """An empty cache.
+
+        Args:
+            replay: tokens that can be taken back later, as for `BlockStack`
+        """
+        return self.backbone.make_cache(replay)
     @property
     def prefill_name(self) -> str: return f"prefill {self.args.hidden_size}x{len(self.layers)}" # what `tuned.choice` calls the next line
     @property

@@ -15,6 +15,8 @@ from inspect import signature
 import mlx.core as mx
 import mlx.nn as nn
 from ..blocks.block import BlockError, and_reset, make_block
+from ..cells.conv import latest
+from .replay import Replay, Replayed
 from .wiring import Executable, Neuron, WiringError, check_wiring, xLSTMWiring
 
 # %% ../../nbs/wiring/31_run.ipynb #9b57b6d0
@@ -190,7 +192,7 @@ class WiringRun:
         x, state = self._combine(f"neuron_{j}", self.plan.inputs[j], parts), self.states[j] or None
         block = self.blocks[self.plan.weights[j]]
         y, self.states[j] = block(x, state, *and_reset(mask, reset if _has_memory(block) else None))
-        if self.observer is not None: self.observer.after_block(j, block, (x, state, mask), (y, self.states[j]))
+        if self.observer is not None: self.observer.after_block(j, *_seen(block, (x, state, mask), (y, self.states[j])))
         return y
 
     def _step_component(self, scc: list[int]):
@@ -214,6 +216,10 @@ def _check_resets(blocks: list): # that they can begin a text within a row
     for j, b in enumerate(blocks):
         if _has_memory(b) and "reset" not in signature(b).parameters:
             raise WiringError(f"block {j} ({getattr(b, 'kind', None) or type(b).__name__}) cannot begin a text within a row: its __call__ has no argument reset")
+
+def _seen(block, given, returned): # what an observer is shown of a block: states as blocks have them
+    if not isinstance(block, Replayed): return block, given, returned
+    return block.block, (given[0], block.plain(given[1]), given[2]), (returned[0], block.plain(returned[1]))
 
 # %% ../../nbs/wiring/31_run.ipynb #7ee9d2ac
 def run_wiring(
@@ -242,19 +248,26 @@ def run_wiring(
         (B, S, D)
     """
     if reset is not None: _check_resets(blocks)
+    if length := getattr(cache[0], "replay", 0) if cache else 0: # tokens that can be taken back
+        if reset is not None: raise WiringError("a cache whose tokens can be taken back cannot begin a text within a row")
+        blocks = [Replayed(b, length) for b in blocks]
     inputs = x if isinstance(x, (list, tuple)) else [x]
     if len(inputs) != plan.input_dim: raise WiringError(f"the wiring has {plan.input_dim} inputs, but is given {len(inputs)}")
     S, cache = inputs[0].shape[1], cache or [None] * len(plan.weights)
     if mask is None and cache[0] is not None: mask = cache[0].make_mask(S)
-    kept = [None if slot is None or slot.empty() else tuple(slot.cache) for slot in cache]
+    kept = [None if slot is None or slot.empty() else tuple(slot.arrays if length else slot.cache) for slot in cache]
     zeros = mx.zeros_like(inputs[0][:, :1])
-    previous = {i: kept[i][-1] if kept[i] else zeros for i in plan.delayed}
+    nothing = mx.repeat(zeros, 1 + length, axis=1) if length else zeros
+    before = {i: kept[i][-1] if kept[i] else nothing for i in plan.delayed}
+    previous = {i: y[:, -1:] for i, y in before.items()} if length else before
     states = [k[:-1] if k and j in previous else k for j, k in enumerate(kept)]
     if observer is not None: observer.begin()
     run = WiringRun(plan, blocks, combiners, observer, inputs, states, previous, mask, reset)
     for j, slot in enumerate(cache):
         if slot is None: continue
-        slot.cache = [*states[j], *[shift_by_one(run.outputs[i], previous[i], mask)[1] for i in previous if i == j]] or [zeros[..., 0]]
+        last = [latest(before[i], run.outputs[i], mask) if length else shift_by_one(run.outputs[i], previous[i], mask)[1] for i in previous if i == j]
+        if length: slot.keep([*states[j], *last], inputs[0].shape[:2], mask)
+        else: slot.cache = [*states[j], *last] or [zeros[..., 0]]
         slot.advance(S)
     if observer is not None: observer.end()
     return run._combine("out", plan.outputs, [run.outputs[j] for j, _, _ in plan.outputs])
@@ -324,13 +337,19 @@ class BlockStack(nn.Module):
         """
         return run_wiring(self._plan, self.blocks, x, cache, mask, self.get("combiners", {}), self.observer, reset)
 
-    def make_cache(self) -> list: # one `ArraysCache` per neuron
+    def make_cache(self,
+        replay: int = 0, # tokens that can be taken back later, by the `trim` of each slot; they cost memory
+    ) -> list: # one `ArraysCache` per neuron, or `ReplayCache`
         """An empty cache.
 
+        Args:
+            replay: tokens that can be taken back later, by the `trim` of each slot; they cost memory
+
         Returns:
-            one `ArraysCache` per neuron
+            one `ArraysCache` per neuron, or `ReplayCache`
         """
-        from xlstm_metal.wiring.cache import ArraysCache # imports mlx-lm, which takes a second
+        from xlstm_metal.wiring.cache import ArraysCache, ReplayCache # imports mlx-lm, which takes a second
+        if replay: return [ReplayCache.of(Replay(self.blocks[w], replay), j in self._plan.delayed) for j, w in enumerate(self._plan.weights)]
         sizes = [self.blocks[w].state_size + (j in self._plan.delayed) for j, w in enumerate(self._plan.weights)]
         return [ArraysCache(max(1, n)) for n in sizes] # a slot cannot be empty
 
