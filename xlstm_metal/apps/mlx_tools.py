@@ -82,6 +82,7 @@ def _wrap_load_model(wrapped):
     load_model.replay = 0 # tokens that can be taken back, for drafts
     return load_model
 
+# %% ../../nbs/apps/61_mlx_tools.ipynb #beac9ecf
 def _unpack_small(model): # changed in place; its numbers stay what they are
     import mlx.core as mx
     from mlx_lm.utils import get_total_parameters

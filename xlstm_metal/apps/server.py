@@ -508,6 +508,7 @@ class CheckingHandler(LogProbsHandler):
         "for the thread that answers"
         return _with_task(super().handle_chat_completions(), self.task)
 
+# %% ../../nbs/apps/62_server.ipynb #071c1bf4
 def _with_task(request: CompletionRequest, task: Task) -> CompletionRequest: # the same
     request.task = task
     return request
@@ -644,6 +645,7 @@ class StatesHandler(CheckingHandler):
         try: return _describe(self.states.info(name))
         except StateError as e: return {"id": name, "object": "state", "error": str(e)}
 
+# %% ../../nbs/apps/62_server.ipynb #395ffb67
 def _describe(info: StateInfo) -> dict:
     return {"id": info.name, "object": "state", "tokens": info.tokens, "bytes": info.bytes, "used": int(info.used)}
 

@@ -30,6 +30,7 @@ def remove_leftovers(folder: Path): # folder: of state files
             if time.time() - part.stat().st_mtime > 3600: part.unlink()
         except OSError: pass # another process was faster, or it is not ours
 
+# %% ../../nbs/generation/58_checkpoints.ipynb #3d6094c5
 class StateFiles:
     """States of one model in a folder, a file `KEY.state` for each. Raises `StateError` for a folder that cannot be used.
 
@@ -120,6 +121,7 @@ def state_bytes(model: Model) -> int: # model: that makes states
     probe.forward(mx.zeros((1, 1), mx.int32)) # nothing is computed
     return probe.nbytes
 
+# %% ../../nbs/generation/58_checkpoints.ipynb #6b51a504
 class Store:
     """States of one model by key, in memory and in files, each within a budget: the least recently used give way. For one thread.
 
@@ -431,6 +433,7 @@ class Checkpoints:
         self.store.flush()
         return state
 
+# %% ../../nbs/generation/58_checkpoints.ipynb #c1a072af
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int: # a, b: ids (n,), (m,)
     """How many ids two texts have in common at their beginnings.
 

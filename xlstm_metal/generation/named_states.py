@@ -62,6 +62,7 @@ class StateInfo(NamedTuple):
     used: float # seconds since 1970, at the last use
     id: str # different for different states
 
+# %% ../../nbs/generation/59_named_states.ipynb #c71f6f15
 class StateFolder:
     """States of one model in a folder, by name. Errors are `StateError`s whose messages have names and no paths.
 

@@ -188,6 +188,7 @@ def build(
     check_names(model, tensors, strict)
     return model
 
+# %% ../../nbs/model/46_checkpoint.ipynb #3fa26aaf
 def read_weights(folder: Path) -> dict[str, mx.array]: # folder: of a checkpoint; returns stored name -> array
     """Every tensor of a checkpoint. Nothing is read before an array is evaluated.
 

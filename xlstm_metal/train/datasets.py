@@ -322,6 +322,7 @@ def _alone(new: Path): # yields when no other process writes there; it is empty 
         raise
     finally: os.close(lock)
 
+# %% ../../nbs/train/74_datasets.ipynb #ccf53ffb
 def _found(task: _Task):
     try: found = TokenDataset(task.folder)
     except DataError: return None

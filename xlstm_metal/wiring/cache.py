@@ -83,6 +83,7 @@ class ArraysCache(MLXArraysCache):
 class CacheError(ValueError):
     "A cache cannot do what it is asked for; nothing in it was changed."
 
+# %% ../../nbs/wiring/32_cache.ipynb #f392d480
 class ReplayCache(ArraysCache):
     """A slot whose last tokens can be taken back.
 

@@ -117,6 +117,7 @@ class Executable:
 
 KIND_NAMES = dict(mlstm="mLSTM", slstm="sLSTM", ffn="FFN") # for people
 
+# %% ../../nbs/wiring/30_wiring.ipynb #26e55906
 def summary(wiring: Executable) -> str: # wiring: of one that cannot be executed the summary says why
     """A wiring in one line.
 
