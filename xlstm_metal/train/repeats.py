@@ -353,22 +353,23 @@ def unlearn_repeats(
     step, optimizer = _gradients(model, allocation, dtype, weight), _optimizer(lr, rounds * steps, 3 * steps)
     optimizer.init(masters)
     rng, history = np.random.default_rng(seed), []
-    for n in range(rounds):
-        model.update(_as_stored(model, masters, allocation, dtype))
-        written, segments = _written(model.eval(), tok, batches, rng, prompts, tokens)
-        repeat, losses = np.flatnonzero(segments.any(1)), []
-        model.train()
-        for _ in range(steps if len(repeat) >= 4 else 0):
-            take, batch = rng.choice(repeat, rows, replace=len(repeat) < rows), next(batches)
-            (_, both), gradients = step(masters, *map(mx.array, (batch.ids, batch.reset, batch.mask, written[take], segments[take])))
-            model.update(masters)
-            update_clipped(model, optimizer, gradients, 0.5)
-            masters = model.trainable_parameters()
-            mx.eval(masters, optimizer.state, both)
-            losses.append([a.item() for a in both])
-        loss, repeated = np.mean(losses, 0).tolist() if losses else (None, None)
-        history.append(dict(round=n + 1, share=len(repeat) / len(written), loss=loss, unlikelihood=repeated))
-        if report: report(history[-1])
-    model.update(masters)
+    try:
+        for n in range(rounds):
+            model.update(_as_stored(model, masters, allocation, dtype))
+            written, segments = _written(model.eval(), tok, batches, rng, prompts, tokens)
+            repeat, losses = np.flatnonzero(segments.any(1)), []
+            model.train()
+            for _ in range(steps if len(repeat) >= 4 else 0):
+                take, batch = rng.choice(repeat, rows, replace=len(repeat) < rows), next(batches)
+                (_, both), gradients = step(masters, *map(mx.array, (batch.ids, batch.reset, batch.mask, written[take], segments[take])))
+                model.update(masters)
+                update_clipped(model, optimizer, gradients, 0.5)
+                masters = model.trainable_parameters()
+                mx.eval(masters, optimizer.state, both)
+                losses.append([a.item() for a in both])
+            loss, repeated = np.mean(losses, 0).tolist() if losses else (None, None)
+            history.append(dict(round=n + 1, share=len(repeat) / len(written), loss=loss, unlikelihood=repeated))
+            if report: report(history[-1])
+    finally: model.update(masters) # also when interrupted: inside a step the model holds what is being differentiated
     model.eval()
     return history
