@@ -210,9 +210,11 @@ class LineWindows(Packed):
         start: int = 0, # batches to leave out
     ):
         super().__init__(view, length, batch, seed, start)
-        end, skip = view.dataset.eos, int(view.dataset.bos is not None)
-        self.ids = np.concatenate([np.full(1, end, view.dataset.tokens.dtype), *(view[i][skip:] for i in range(len(view)))]) # as `tokenize` writes it
-        self.starts = np.flatnonzero(np.isin(self.ids[:-length - 2], [end, line_break])) + 1
+        end, missing = view.dataset.eos, int(view.dataset.bos is None)
+        if not missing and view.dataset.bos != end: raise DataError(f"{view.dataset.folder} has {view.dataset.bos} as BOS and {end} at the end of texts: both must be one id")
+        self.ids = np.concatenate([np.pad(view[i], (missing, 0), constant_values=end) for i in range(len(view))]) # BOS, text, end
+        begins = np.flatnonzero(np.isin(self.ids[:-length - 2], [end, line_break])) + 1
+        self.starts = begins[self.ids[begins] != end] # of lines
         self.stretches = len(self.ids) // length - 2
         self.per_epoch = self.stretches // batch
         if self.per_epoch < 1: raise DataError(f"{view.dataset.folder} has {len(view)} documents of {view.tokens:,} tokens, too few for {batch} rows of {length}")
@@ -227,4 +229,6 @@ class LineWindows(Packed):
         at = self.starts[np.minimum(np.searchsorted(self.starts, at), len(self.starts) - 1)]
         ids = np.pad(self.ids[at[:, None] + np.arange(self.length)].astype(np.int32), ((0, 0), (1, 0)), constant_values=self.view.dataset.eos)
         self.position += 1
-        return Batch(ids, ids == self.view.dataset.eos, np.ones(ids.shape, bool))
+        ends = ids == self.view.dataset.eos
+        reset = np.pad(ends[:, 1:] & ends[:, :-1], ((0, 0), (1, 0)), constant_values=True) # at the second of two: the end of a text, and BOS
+        return Batch(ids, reset, np.ones(ids.shape, bool))

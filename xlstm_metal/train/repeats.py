@@ -19,7 +19,7 @@ from ..model.quantize import bit_allocation, rounded_through
 from .code_corpus import LineWindows
 from .data import DataError
 from .train import AdamW, predicted, update_clipped
-from .trainer import _token_losses, rounded
+from .trainer import next_token_losses, rounded
 from .training_kernels import joint_linear
 
 # %% ../../nbs/train/78_repeats.ipynb #d285d739
@@ -286,8 +286,8 @@ def _gradients(model, allocation, dtype, weight): # returns a function of weight
     def losses(masters, ids, reset, mask, written, segments):
         model.update(_as_stored(model, masters, allocation, dtype))
         with joint_linear(model.backbone, groups):
-            each, counted = _token_losses(model, ids, reset, dtype=dtype), predicted(ids, mask, reset)
-            repeated, n = unlikelihood(_token_losses(model, written, written == 0, dtype=dtype), segments[:, 1:], _most)
+            each, counted = next_token_losses(model, ids, reset, dtype=dtype), predicted(ids, mask, reset)
+            repeated, n = unlikelihood(next_token_losses(model, written, written == 0, dtype=dtype), segments[:, 1:], _most)
         loss, repeated = mx.where(counted, each, 0).sum() / counted.sum(), repeated / mx.maximum(n, 1)
         return loss + weight * repeated, (loss, repeated)
     return mx.compile(mx.value_and_grad(losses))

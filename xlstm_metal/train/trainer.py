@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TrainError', 'DataSettings', 'ModelSettings', 'StepSettings', 'RunSettings', 'TrainConfig', 'make_model',
-           'learning_rate', 'rounded', 'in_dtype', 'TrainingStep', 'Evaluation', 'evaluate', 'Log', 'whole_folder',
-           'checkpoints', 'damage', 'newest_whole', 'plot_log', 'describe', 'Run', 'SavedRun', 'Trainer', 'config_for']
+           'learning_rate', 'rounded', 'in_dtype', 'next_token_losses', 'TrainingStep', 'Evaluation', 'evaluate', 'Log',
+           'whole_folder', 'checkpoints', 'damage', 'newest_whole', 'plot_log', 'describe', 'Run', 'SavedRun',
+           'Trainer', 'config_for']
 
 # %% ../../nbs/train/75_trainer.ipynb #t7500002
 import fcntl, json, math, os, re, shutil, signal, sys, tempfile, threading, time, tomllib, typing, warnings, zlib
@@ -312,12 +313,30 @@ def _set_random(key: mx.array): # key: (2,) uint32, the two halves of a seed
     mx.random.seed(high << 32 | low)
 
 # %% ../../nbs/train/75_trainer.ipynb #t7500031
-def _token_losses(model, ids, reset, cache=None, dtype=None): # ids, reset (B, S + 1); returns (B, S) nats
-    "The surprise at each token but the first."
-    x = ids[:, :-1]
-    x = model.hidden(x, cache, None, None if dtype is None else model.embeddings(x).astype(dtype), None if reset is None else reset[:, :-1])
-    return token_losses(model, x, ids[:, 1:])
+def next_token_losses(
+    model: Model, # that predicts
+    ids: mx.array, # (B, S + 1) int
+    reset: mx.array | None = None, # (B, S + 1) bool, True where the state begins anew
+    cache: list | None = None, # from `make_cache`: the states in which the rows go on; changed in place
+    dtype: mx.Dtype | None = None, # of the embeddings, from where products have it; None: as they are
+) -> mx.array: # (B, S) nats
+    """The surprise at each token but the first, as `token_losses` computes it.
 
+    Args:
+        model: that predicts
+        ids: (B, S + 1) int
+        reset: (B, S + 1) bool, True where the state begins anew
+        cache: from `make_cache`: the states in which the rows go on; changed in place
+        dtype: of the embeddings, from where products have it; None: as they are
+
+    Returns:
+        (B, S) nats
+    """
+    x = ids[:, :-1]
+    embedded = None if dtype is None else model.embeddings(x).astype(dtype)
+    return token_losses(model, model.hidden(x, cache, None, embedded, None if reset is None else reset[:, :-1]), ids[:, 1:])
+
+# %% ../../nbs/train/75_trainer.ipynb #97c898e6
 def _cache(model, states): # states: an array list for each neuron, or nothing
     if not states: return None
     cache = model.make_cache()
@@ -393,7 +412,7 @@ def _gradients(step, batch): # ids, reset, mask (B, S + 1) -> sums of nats, toke
         step.model.update(rounded(step.model, step.dtype, masters, step.looked_up))
         cache = _cache(step.model, states)
         with joint_linear(step.model.backbone, step.groups), recomputed(step.model) if step.config.recompute else nullcontext():
-            each = _token_losses(step.model, ids, reset, cache, dtype=step.dtype)
+            each = next_token_losses(step.model, ids, reset, cache, dtype=step.dtype)
         return mx.where(counted, each, 0).sum(), [slot.cache for slot in cache or ()]
     (nats, states), gradients = mx.value_and_grad(total)(masters, step.states)
     step.model.update(masters)
@@ -494,7 +513,7 @@ def _document_nats(model, documents, length):
     cache, nats = model.make_cache(), 0.
     for a in range(0, ids.shape[1] - 1, length):
         piece = ids[:, a:a + length + 1]
-        each = _token_losses(model, mx.array(np.maximum(piece, 0)), None, cache)
+        each = next_token_losses(model, mx.array(np.maximum(piece, 0)), None, cache)
         nats += mx.where(mx.array(piece[:, 1:] >= 0), each, 0).sum().item()
     return nats
 
