@@ -409,3 +409,82 @@ def test_a_folder_of_text_is_enough(texts, tmp_path):
     assert losses[-1] < losses[0] - .5 and "bits per byte" in r.stderr
     again = subprocess.run([sys.executable, "-m", "xlstm_metal", "train", out, "--set", "steps=42"], env=ENV, cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 0 and "step 40 of 42" in again.stdout and [line["step"] for line in curve(tmp_path / out) if "loss" in line] == [10, 20, 30, 40, 42]
+
+
+@pytest.fixture(scope="module")
+def base(texts, tmp_path_factory):
+    "A model to fine-tune, and the same one with 4 bits."
+    folder = tmp_path_factory.mktemp("base")
+    Trainer(TrainConfig(data=str(texts), out=str(folder / "run"), vocab_size=280, dims=64, blocks=2, heads=2, length=24, batch=3, steps=3, log_every=1, evaluate_every=0, dtype="float32")).run()
+    whole = checkpoints(folder / "run")[-1] / "model"
+    xm.convert(whole, folder / "packed", to="mlx", quantize=4)
+    return whole, folder / "packed"
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapters_learn_as_in_a_loop_of_mlx_lms_parts(kind, base, small):
+    "Five steps beside adapters, AdamW and clipping that were put together by hand, on the same batches; the checkpoint is read by mlx-lm."
+    from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
+    config = replace(small, model=str(base[0]), fine_tune=kind, adapter_rank=4, adapter_scale=10., steps=5, weight_decay=0.05, save_every=5)
+    trainer = Trainer(config)
+    taken, before = [], {n: np.array(w) for n, w in tree_flatten(xm.load(base[0])[0].parameters())}
+    trainer.batches = _Noted(trainer.batches, taken)
+    trainer.run()
+    model = xm.load(base[0], mx.float32)[0]
+    model.freeze()
+    mx.random.seed(config.seed)
+    linear_to_lora_layers(model, 2, dict(rank=4, scale=10., dropout=0.), use_dora=kind == "dora")
+    weights = dict(tree_flatten(model.trainable_parameters()))
+    m, v = ({n: np.zeros(w.shape) for n, w in weights.items()} for _ in range(2))
+    for t, b in enumerate(taken[:5]):
+        lr = trainer.step.schedule(mx.array(t)).item()
+        g = nn.value_and_grad(model, lambda model: lm_loss(model, *map(mx.array, (b.ids, b.mask)), reset=mx.array(b.reset)))(model)[1]
+        g = {n: np.array(a, np.float64) for n, a in tree_flatten(g)}
+        norm = math.sqrt(sum((a * a).sum() for a in g.values()))
+        for n, a in g.items():
+            a = a * min(1, config.max_norm / norm)
+            m[n], v[n] = .9 * m[n] + .1 * a, .95 * v[n] + .05 * a * a
+            w = np.array(weights[n], np.float64) * (1 - lr * config.weight_decay * (a.ndim > 1))
+            weights[n] = mx.array((w - lr * m[n] / (1 - .9 ** (t + 1)) / (np.sqrt(v[n] / (1 - .95 ** (t + 1))) + 1e-8)).astype(np.float32))
+        model.load_weights([*weights.items()], strict=False)
+    ours = dict(tree_flatten(trainer.model.trainable_parameters()))
+    assert ours.keys() == weights.keys() and any("lora_b" in n and np.abs(np.array(w)).max() > 1e-4 for n, w in ours.items())
+    for n, w in weights.items(): assert np.abs(np.array(w) - np.array(ours[n])).max() < 2e-5, n
+    for n, w in tree_flatten(xm.load(base[0])[0].parameters()): assert np.array_equal(before[n], w), n
+    ids = mx.array([[0, 5, 9, 20]])
+    folder = checkpoints(Path(small.out))[-1] / "adapters"
+    assert mx.allclose(load_adapters(xm.load(base[0], mx.float32)[0], folder)(ids), trainer.model.eval()(ids), atol=1e-5)
+    assert not (folder.parent / "model").exists() and str(folder) in trainer.advice()
+
+
+class _Noted:
+    "Batches, and which they were."
+    def __init__(self, batches, taken): self.batches, self.taken = batches, taken
+    @property
+    def position(self): return self.batches.position
+    def __iter__(self): return self
+    def __next__(self):
+        self.taken.append(next(self.batches))
+        return self.taken[-1]
+
+
+def test_adapters_go_on_from_a_checkpoint(base, small, tmp_path, monkeypatch):
+    "Adapters beside 4 bits: in two sittings and another folder as in one, then read by the command line; the model beside them stays as it is."
+    monkeypatch.chdir(base[1].parent)
+    config = replace(small, model="packed", fine_tune="lora", out=str(tmp_path / "two"))
+    kept = (base[1] / "model.safetensors").read_bytes()
+    Trainer(config).run(steps=5)
+    monkeypatch.chdir(tmp_path)
+    Trainer.resume("two").run()
+    Trainer(replace(config, model=str(base[1]), out=str(tmp_path / "one"))).run()
+    assert curve(tmp_path / "one") == curve(tmp_path / "two") and len(curve(tmp_path / "one")) > 12
+    a, b = (mx.load(str(checkpoints(tmp_path / o)[-1] / "adapters/adapters.safetensors")) for o in ("one", "two"))
+    assert a.keys() == b.keys() and all(mx.array_equal(a[n], b[n]) for n in a)
+    assert (base[1] / "model.safetensors").read_bytes() == kept
+    with pytest.raises(TrainError, match="adapter_rank is 3"): Trainer.resume("two", adapter_rank=3)
+
+
+def test_adapters_need_a_model(small):
+    with pytest.raises(TrainError, match="fine_tune is 'lora'.* model must say which"): replace(small, fine_tune="lora")
+    with pytest.raises(TrainError, match="fine_tune must be one of full, lora, dora"): replace(small, fine_tune="qlora")
+    with pytest.raises(TrainError, match="adapter_rank must be at least 1"): replace(small, adapter_rank=0)

@@ -275,7 +275,7 @@ def bench(
         size: of the matrices that measure the machine, as for `device_limits`
     """
     if training and any(hasattr(m, "scales") for m in model.modules()):
-        raise GenerationError("a quantised model cannot be trained: bench its adapters with --lora instead of --training")
+        raise GenerationError("a quantised model cannot be trained: measure its adapters with --lora, or a copy that xlstm-metal convert --dequantize makes")
     dtype = next(w.dtype for _, w in tree_flatten(model.parameters()) if w.ndim > 1 and mx.issubdtype(w.dtype, mx.floating))
     gpu = mx.default_device() != mx.Device(mx.cpu)
     def count(modules): return sum(m.weight.size * (32 // m.bits if hasattr(m, "bits") else 1) for m in modules if "weight" in m)

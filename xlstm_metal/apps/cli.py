@@ -57,7 +57,7 @@ def _add_compute(add):
     add("--device", choices=("cpu", "gpu"), help="where to compute (default: a GPU if there is one)")
 
 def _add_adapters(add):
-    add("--adapter-path", metavar="FOLDER", help="adapters that xlstm-metal mlx lora has trained for the model")
+    add("--adapter-path", metavar="FOLDER", help="adapters that xlstm-metal train or xlstm-metal mlx lora has trained for the model")
 
 def _add_sampling(add):
     _add_compute(add)

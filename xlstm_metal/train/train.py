@@ -218,20 +218,22 @@ def add_adapters(
     model: Model, # frozen, and given adapters, in place; its weights may be quantised
     rank: int = 8, # columns of A
     scale: float = 20., # s: what adapters add is multiplied by it
+    dora: bool = False, # the length of each row of a weight learns as well: DoRA
 ) -> Model: # the same one
-    """Let LoRA adapters learn beside the linear layers of all blocks, gates included, and nothing else (arXiv 2106.09685).
+    """Let adapters learn beside the linear layers of all blocks, gates included, and nothing else (LoRA: arXiv 2106.09685, DoRA: 2402.09353).
 
     Args:
         model: frozen, and given adapters, in place; its weights may be quantised
         rank: columns of A
         scale: s: what adapters add is multiplied by it
+        dora: the length of each row of a weight learns as well: DoRA
 
     Returns:
         the same one
     """
     from mlx_lm.tuner.utils import linear_to_lora_layers
     model.freeze()
-    linear_to_lora_layers(model, len(model.layers), dict(rank=rank, scale=scale, dropout=0.))
+    linear_to_lora_layers(model, len(model.layers), dict(rank=rank, scale=scale, dropout=0.), dora)
     return model
 
 # %% ../../nbs/train/71_train.ipynb #0b7d093e
@@ -403,7 +405,7 @@ def save_adapters(
     """
     layer = next((m for m in model.modules() if "lora_a" in m), None)
     if layer is None: raise ValueError("the model has no adapters: add_adapters makes them")
-    settings = dict(fine_tune_type="lora", num_layers=len(model.layers), lora_parameters=dict(rank=layer.lora_a.shape[1], scale=layer.scale, dropout=0.))
+    settings = dict(fine_tune_type="dora" if "m" in layer else "lora", num_layers=len(model.layers), lora_parameters=dict(rank=layer.lora_a.shape[1], scale=layer.scale, dropout=0.))
     Path(folder).mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(str(Path(folder) / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters())))
     (Path(folder) / "adapter_config.json").write_text(json.dumps(settings, indent=1))

@@ -32,7 +32,8 @@ from ..model.convert import save as save_model
 from ..model.model import Model
 from ..model.tokenizer import load_tokenizer
 from .data import held_out, train_tokenizer
-from .train import AdamW, init_weights, our_optimizers, predicted, recomputed, summed, token_losses
+from .train import (AdamW, add_adapters, init_weights, like_weights, our_optimizers, predicted, recomputed,
+                                     save_adapters, summed, token_losses)
 from .training_kernels import joint_linear, squares
 from ..wiring.run import layer_names, layer_wiring
 from ..wiring.wiring import Neuron
@@ -72,7 +73,10 @@ class ModelSettings:
     """A model to begin from, with whatever blocks and wiring it has; or the sizes of a new one, of the form of xLSTM 7B if nothing else is said.
 
     Attributes:
-        model: folder or hub id, of which a quantised one is unpacked; None: a new model
+        model: folder or hub id; None: a new model
+        fine_tune: what learns of `model`: all weights, unpacked where they are quantised; or "lora", "dora": adapters beside them
+        adapter_rank: columns of an adapter
+        adapter_scale: what adapters add is multiplied by it
         dims: size of the residual stream
         blocks: one after the other
         heads: of each block that has heads
@@ -82,7 +86,10 @@ class ModelSettings:
         recompute: run blocks again for the gradient: less memory, a third more time
         compile: a step is recorded once: faster, but the first takes seconds longer on a GPU
     """
-    model: str | None = None # folder or hub id, of which a quantised one is unpacked; None: a new model
+    model: str | None = None # folder or hub id; None: a new model
+    fine_tune: str = "full" # what learns of `model`: all weights, unpacked where they are quantised; or "lora", "dora": adapters beside them
+    adapter_rank: int = 8 # columns of an adapter
+    adapter_scale: float = 20. # what adapters add is multiplied by it
     dims: int = 256 # size of the residual stream
     blocks: int = 6 # one after the other
     heads: int = 4 # of each block that has heads
@@ -145,9 +152,9 @@ class RunSettings:
     log_to: list[str] = field(default_factory=list) # "wandb", "tensorboard": the log goes there, too
 
 # %% ../../nbs/train/75_trainer.ipynb #t7500015
-_options = dict(schedule=("cosine", "wsd", "constant"), dtype=("bfloat16", "float32", None))
+_options = dict(schedule=("cosine", "wsd", "constant"), dtype=("bfloat16", "float32", None), fine_tune=("full", "lora", "dora"))
 _least = dict(vocab_size=258, length=2, batch=1, accumulate=1, seed=0, dims=1, blocks=1, heads=1, steps=1, lr=1e-12, min_lr=0, warmup=0, decay_share=0,
-              held_out=0, weight_decay=0, max_norm=1e-12, log_every=1, evaluate_every=0, evaluate_tokens=1, sample_every=0, save_every=0, keep=1)
+              held_out=0, weight_decay=0, max_norm=1e-12, log_every=1, evaluate_every=0, evaluate_tokens=2, sample_every=0, save_every=0, keep=1, adapter_rank=1, adapter_scale=1e-12)
 _most = dict(decay_share=1, held_out=.5, seed=2**63)
 
 def _fits(value, kind) -> bool:
@@ -179,6 +186,7 @@ class TrainConfig(RunSettings, StepSettings, ModelSettings, DataSettings):
             if reason := _problem(f.name, getattr(self, f.name)): raise TrainError(reason)
         if self.min_lr is not None and self.min_lr > self.lr: raise TrainError(f"min_lr must not be above lr, {self.lr}, but is {self.min_lr}")
         if self.model and self.layer_types: raise TrainError("layer_types are of a new model: leave them out, or model")
+        if self.fine_tune != "full" and not self.model: raise TrainError(f"fine_tune is {self.fine_tune!r}: adapters learn beside a model, so model must say which")
         if self.kinds and not self.layer_types: raise TrainError("kinds has arguments of the blocks in layer_types, which are missing")
         for name in self.log_to: _check_tracker(name)
 
@@ -267,7 +275,7 @@ def learning_rate(
 
 # %% ../../nbs/train/75_trainer.ipynb #t7500027
 def rounded(
-    model: Model, # whose gates stay as they are
+    model: Model, # whose gates and adapters stay as they are
     dtype: mx.Dtype, # bfloat16, float32
     weights: dict | None = None, # nested; None: all of the model
     besides: tuple = (), # names of further ones that stay
@@ -275,7 +283,7 @@ def rounded(
     """Weights in the type of the products.
 
     Args:
-        model: whose gates stay as they are
+        model: whose gates and adapters stay as they are
         dtype: bfloat16, float32
         weights: nested; None: all of the model
         besides: names of further ones that stay
@@ -283,7 +291,7 @@ def rounded(
     Returns:
         nested
     """
-    def stays(name, w): return name in besides or not (mx.issubdtype(w.dtype, mx.floating) and model.cast_predicate(name))
+    def stays(name, w): return name in besides or name.rpartition(".")[2] in ("lora_a", "lora_b", "m") or not (mx.issubdtype(w.dtype, mx.floating) and model.cast_predicate(name))
     def cast(name, w): return w if stays(name, w) else w.astype(dtype)
     return tree_map_with_path(cast, model.parameters() if weights is None else weights)
 
@@ -411,7 +419,7 @@ def _gradients(step, batch): # ids, reset, mask (B, S + 1) -> sums of nats, toke
     def total(masters, states):
         step.model.update(rounded(step.model, step.dtype, masters, step.looked_up))
         cache = _cache(step.model, states)
-        with joint_linear(step.model.backbone, step.groups), recomputed(step.model) if step.config.recompute else nullcontext():
+        with like_weights(step.model), joint_linear(step.model.backbone, step.groups), recomputed(step.model) if step.config.recompute else nullcontext():
             each = next_token_losses(step.model, ids, reset, cache, dtype=step.dtype)
         return mx.where(counted, each, 0).sum(), [slot.cache for slot in cache or ()]
     (nats, states), gradients = mx.value_and_grad(total)(masters, step.states)
@@ -659,11 +667,16 @@ def newest_whole(
     if reasons: raise TrainError(f"{'; '.join(reasons)}, and there is no older checkpoint: remove it to begin anew")
 
 # %% ../../nbs/train/75_trainer.ipynb #t7500050
-_fixed = ("model", "tokenizer", "dims", "blocks", "heads", "layer_types", "kinds", "dtype", "held_out", "length", "batch", "accumulate", "carry", "seed")
+_fixed = ("model", "fine_tune", "adapter_rank", "adapter_scale", "tokenizer", "dims", "blocks", "heads", "layer_types", "kinds", "dtype",
+          "held_out", "length", "batch", "accumulate", "carry", "seed")
+_defaults = {f.name: f.default for f in fields(TrainConfig)} # of settings that a checkpoint may be older than
+
+def _place(name: str) -> str: return str(path.absolute()) if (path := Path(name).expanduser()).exists() else name # not every model is a folder
 
 def _check_same(config: TrainConfig, notes: dict, folder: Path):
     for key in (*_fixed, *["vocab_size"] * (config.tokenizer == "train" or not (config.tokenizer or config.model))):
-        if (new := getattr(config, key)) != (old := notes["config"][key]):
+        new, old = getattr(config, key), notes["config"].get(key, _defaults[key])
+        if new != old and not (key == "model" and None not in (new, old) and _place(new) == _place(old)):
             raise TrainError(f"{key} is {new!r}, but {folder} was made with {old!r}: set it back, or choose another folder for out")
 
 # %% ../../nbs/train/75_trainer.ipynb #t7500052
@@ -765,9 +778,11 @@ def _own_tokenizer(config: TrainConfig, folder: Path):
 
 def _begin(config: TrainConfig, found: Path | None): # found: a checkpoint; returns model or None, tokenizer
     "What is there before the text is read."
-    if found: return load(found / "model", mx.float32)
+    adapters = config.fine_tune != "full"
+    if found and not adapters: return load(found / "model", mx.float32)
     out, none = Path(config.out), xLSTMConfig([])
-    model, tokenizer = load(config.model, mx.float32, quantize=False) if config.model else (None, None)
+    if adapters: model, tokenizer = load(config.model, as_dtype(config.dtype)) # as it is for generation: nothing of it will change
+    else: model, tokenizer = load(config.model, mx.float32, quantize=False) if config.model else (None, None)
     if config.tokenizer == "train" or not (config.tokenizer or tokenizer):
         _own_tokenizer(config, out / "tokenizer")
         tokenizer = load_tokenizer(out / "tokenizer", none)
@@ -827,6 +842,9 @@ class Run:
         _check_text(config, self.data, notes, found)
         self.model = model or make_model(config, V, force_bos_token_insert=self.bos is not None,
                                          bos_token_id=t.bos_token_id, eos_token_id=t.eos_token_id, pad_token_id=t.pad_token_id)
+        if config.fine_tune != "full":
+            mx.random.seed(config.seed)
+            add_adapters(self.model, config.adapter_rank, config.adapter_scale, config.fine_tune == "dora")
         self.step, self.log = TrainingStep(self.model, config, self.group), Log(self.out / "log.jsonl")
         if found: _go_on(self.step, mx.load(str(found / "training.safetensors")))
         self.batches = packed(self.data.train, config.length, config.batch, config.seed, notes["position"], config.carry)
@@ -835,8 +853,8 @@ class Run:
 
     def __repr__(self):
         c = self.config
-        n = sum(w.size for _, w in tree_flatten(self.model.parameters()))
-        return (f"{type(self).__name__}: {n:,} parameters in {c.dtype}, {self.data.train.summary()}, and {self.data.test.summary()} held out\n"
+        n, kind = sum(w.size for _, w in tree_flatten(self.model.trainable_parameters())), "parameters" if c.fine_tune == "full" else "numbers of adapters"
+        return (f"{type(self).__name__}: {n:,} {kind} in {c.dtype}, {self.data.train.summary()}, and {self.data.test.summary()} held out\n"
                 f"  step {self.done} of {c.steps}, {c.batch * c.accumulate} rows of {c.length} each; log and checkpoints in {self.out}")
 
     @classmethod
@@ -911,10 +929,13 @@ class SavedRun(Run):
         try:
             with whole_folder(folder) as new:
                 mx.save_safetensors(str(new / "training.safetensors"), _arrays(self.step))
-                with in_dtype(self.model, self.step.dtype): save_model(self.model, new / "model", self.tokenizer)
+                if self.config.fine_tune != "full": save_adapters(self.model, new / "adapters")
+                else:
+                    with in_dtype(self.model, self.step.dtype): save_model(self.model, new / "model", self.tokenizer)
                 files = {str(f.relative_to(new)): (f.stat().st_size, _checksum(f)) for f in sorted(new.rglob("*")) if f.is_file()}
                 notes = dict(step=self.done, tokens=self.tokens, position=self.batches.position, best=self.best, data=_content(self.data),
-                             config=asdict(self.config) | {"data": [str(Path(d).expanduser().absolute()) for d in self.config.data]}, files=files)
+                             config=asdict(self.config) | {"data": [str(Path(d).expanduser().absolute()) for d in self.config.data],
+                                                                  "model": self.config.model and _place(self.config.model)}, files=files)
                 (new / "training.json").write_text(json.dumps(notes, indent=1))
         except (OSError, RuntimeError, CheckpointError) as e:
             warnings.warn(f"{folder} could not be written ({getattr(e, 'strerror', None) or e}): "
@@ -971,7 +992,9 @@ class Trainer(SavedRun):
     def advice(self) -> str:
         "What can be done with the newest checkpoint, as commands."
         if not (last := checkpoints(self.out)): return "there is no checkpoint yet"
-        return (f"model         {last[-1] / 'model'}\nwrite         xlstm-metal generate --model {last[-1] / 'model'} --prompt ...\n"
+        made = last[-1] / ("model" if self.config.fine_tune == "full" else "adapters")
+        use = f"--model {made}" if made.name == "model" else f"--model {self.config.model} --adapter-path {made}"
+        return (f"{made.name:13s} {made}\nwrite         xlstm-metal generate {use} --prompt ...\n"
                 f"train longer  xlstm-metal train {self.out} --set steps={max(2 * self.config.steps, self.done)}")
 
     def run(self,
