@@ -119,13 +119,17 @@ def mutants(file): # name of a kernel or header
 def functions(): # name -> (f, arguments that choose types and constants)
     "What the self-tests of all kernels are asked for: 32 and 16 bits, and what else is a constant of a text."
     import mlx.core as mx
-    from test_kernels import DISPATCHED, adamw_args, mlstm_args, slstm_args
+    from test_kernels import DISPATCHED, adamw_args, log_args, mlstm_args, slstm_args
     from xlstm_metal import metal
     def short(args, t=mx.bfloat16): return [a.astype(t) for a in args]
     def mlstm(S, **kw):
         q, k, v, i, f, state = mlstm_args(S, **kw)
         return [(q, k, v, i, f, state), (*short((q, k, v)), i, f, state, mask(S))]
     def mask(S): return mx.ones((1, S), mx.bool_)
+    def log(**kw):
+        q, k, v, i, f, state = log_args(**kw)
+        *of_state, old_k, old_v, old_i, old_f, real = state
+        return [(q, k, v, i, f, state), (*short((q, k, v)), i, f, (*of_state, *short((old_k, old_v)), old_i, old_f, real), mask(1))]
     def slstm(S): return [(*slstm_args(S), None, mask(S)), (*slstm_args(S, DH=70), mask(S))] # with resets, and with a mask
     def conv(K): return metal.samples((2, 9, 5), (5, 1, K), (5,), (2, K - 1, 5))
     def token(args, t=mx.float32): return [a if a.ndim == 2 or a.shape == (6,) else a.astype(t) for a in args] # gates stay in 32 bits
@@ -138,7 +142,7 @@ def functions(): # name -> (f, arguments that choose types and constants)
              "gated_silu": [silu, short(silu)], "gate_maps": [(*maps, 15.), (*short(maps[:1]), *maps[1:], None)],
              "capped_cross_entropy": [(*logits, 30.), (*short(logits[:1]), logits[1], None)], "add_squares": [squares, [squares[0].astype(mx.float16), squares[1]]],
              "adamw": [adamw_args(), (*short(adamw_args()[:2]), *adamw_args()[2:])],
-             "mlstm_step": mlstm(1) + mlstm(1, NH=64), "mlstm_recurrent": mlstm(5), "_short": mlstm(5), "_long": mlstm(70), "mlstm_long_chunks": mlstm(70),
+             "mlstm_step": mlstm(1) + mlstm(1, NH=64), "mlstm_log_read": log() + log(NH=64), "mlstm_recurrent": mlstm(5), "_short": mlstm(5), "_long": mlstm(70), "mlstm_long_chunks": mlstm(70),
              "slstm_step": slstm(1), "slstm_sequence": slstm(5)}
     return {name: (f, calls[name.rpartition(".")[2]]) for name, f in DISPATCHED.items()}
 
@@ -170,6 +174,13 @@ def wider(name, seed):
         S, DH = (1 if name == "slstm_step" else min(S, 30)), [DQK, DV + 70][seed % 2]
         state = None if seed % 4 == 0 else (r(B, NH, DH), r(B, NH, DH, scale=scale), 1 + mx.abs(r(B, NH, DH)), r(B, NH, DH, scale=scale))
         return r(B, NH, S, 4, DH, scale=scale), r(NH, 4, DH, DH) / DH**.5, r(NH, 4, DH), state, None if mask is None else mask[:, :S], mx.array(rng.random((B, S)) < .3) if seed % 3 else None
+    if name == "mlstm_log_read":
+        if seed % 3 == 0: NH, DV = 64, 2 * DV
+        new, T, shapes = [(B, NH, 1, DQK), (B, NH, 1, DQK), (B, NH, 1, DV), (B, NH, 1), (B, NH, 1)], 1 + S % 20, [(DQK, DV), (DQK,), (1,)]
+        q, k, v, i, f = (r(*s, scale=1 if len(s) > 3 else 3 * scale) for s in new)
+        old = r(B, NH, T, DQK).astype(t), r(B, NH, T, DV).astype(t), r(B, NH, T, scale=3 * scale), r(B, NH, T, scale=3 * scale)
+        state = (*(r(B, NH, *s) for s in shapes), *old, mx.array(rng.random((B, T)) < .7))
+        return *(a.astype(t) for a in (q, k, v)), i, f, state, mx.array(rng.random((B, 1)) < .7) if seed % 2 else None
     S = {"mlstm_step": 1, "_long": S + 16, "mlstm_long_chunks": S + 16}.get(name, 1 + S % 16)
     if name == "mlstm_step" and seed % 3 == 0: NH, DV = 64, 2 * DV
     state = None if seed % 4 == 0 else (r(B, NH, DQK, DV), r(B, NH, DQK), r(B, NH, 1, scale=5 * scale)[..., 0:1])

@@ -18,7 +18,7 @@ from mlx_lm.models.cache import ArraysCache
 import xlstm_metal as xm
 from xlstm_metal import cells, host as host_module, metal, nvrtc
 from xlstm_metal.blocks import ffn
-from xlstm_metal.cells import conv, mlstm_chunk_gradients, mlstm_chunk_kernels, mlstm_gates, mlstm_long_kernels, mlstm_step_kernel, norms, slstm
+from xlstm_metal.cells import conv, mlstm_chunk_gradients, mlstm_chunk_kernels, mlstm_gates, mlstm_long_kernels, mlstm_replay, mlstm_step_kernel, norms, slstm
 from xlstm_metal.generation.generate import Sampling, tokens
 from xlstm_metal.generation.state import State
 from xlstm_metal.host import run
@@ -29,7 +29,7 @@ from xlstm_metal.train import training_kernels
 from xlstm_metal.train.train import fit, init_weights, lm_loss, make_optimizer
 
 FOLDER = Path(__file__).parents[1] / "kernels"
-MODULES = conv, norms, ffn, mlstm_gates, mlstm_step_kernel, mlstm_chunk_kernels, mlstm_long_kernels, mlstm_chunk_gradients, slstm, training_kernels
+MODULES = conv, norms, ffn, mlstm_gates, mlstm_step_kernel, mlstm_chunk_kernels, mlstm_long_kernels, mlstm_chunk_gradients, mlstm_replay, slstm, training_kernels
 KERNELS = sorted({k for m in MODULES for k in vars(m).values() if isinstance(k, metal.Kernel)}, key=lambda k: k.name)
 NAMES = [k.name for k in KERNELS]
 DISPATCHED = {f"{m.__name__.rpartition('.')[2]}.{n}": f for m in MODULES for n, f in vars(m).items() if hasattr(f, "tested") and f.__module__ == m.__name__}
@@ -38,6 +38,11 @@ DISPATCHED = {f"{m.__name__.rpartition('.')[2]}.{n}": f for m in MODULES for n, 
 def mlstm_args(S, DQK=9, DV=34, NH=2):
     *inputs, C, n, m = metal.samples(*[(1, NH, *s) for s in ((S, DQK), (S, DQK), (S, DV), (S,), (S,), (DQK, DV), (DQK,), (1,))])
     return *inputs, (C, n, m)
+
+
+def log_args(T=5, DQK=9, DV=34, NH=2):
+    *new, state = mlstm_args(1, DQK, DV, NH)
+    return *new, (*state, *metal.samples((1, NH, T, DQK), (1, NH, T, DV), (1, NH, T), (1, NH, T)), mx.arange(T)[None] > 1)
 
 
 def slstm_args(S, B=2, NH=2, DH=9):
@@ -53,6 +58,7 @@ def adamw_args():
 # public function -> arguments, and a kernel that it must have launched
 PUBLIC = {
     "mlstm_step": (mlstm_args(1), "mlstm_step"),
+    "mlstm_log_read": (log_args(), "mlstm_log_read"),
     "mlstm_recurrent": (mlstm_args(5), "mlstm_recurrent"),
     "mlstm_chunkwise": (mlstm_args(70), "mlstm_chunk_output"),
     "mlstm_long_chunks": ((*mlstm_args(70), None, 40), "mlstm_long_output"),
@@ -196,7 +202,7 @@ def grads(f, args):
 
 def test_self_tests_come_once_for_each_type_and_constant(as_if_metal):
     assert DISPATCHED.keys() == {"conv._unmasked", "norms.head_norm_gate", "norms.add_rms_norm", "norms.rms_norm_gates", "ffn.gated_silu", "mlstm_gates.gate_maps",
-                                 "training_kernels.capped_cross_entropy", "training_kernels.add_squares", "training_kernels.adamw", "mlstm_step_kernel.mlstm_step", "mlstm_chunk_kernels.mlstm_recurrent",
+                                 "training_kernels.capped_cross_entropy", "training_kernels.add_squares", "training_kernels.adamw", "mlstm_step_kernel.mlstm_step", "mlstm_replay.mlstm_log_read", "mlstm_chunk_kernels.mlstm_recurrent",
                                  "mlstm_chunk_gradients._short", "mlstm_chunk_gradients._long", "mlstm_long_kernels.mlstm_long_chunks",
                                  "slstm.slstm_step", "slstm.slstm_sequence"}
     for name, (args, _) in PUBLIC.items(): grads(public(name), args)
@@ -223,7 +229,8 @@ def test_no_self_tests_where_kernels_were_measured(as_if_metal, monkeypatch):
 
 
 # kernel, what is changed, the function whose self-test must notice, and whether only its gradient suffers
-FAULTS = [("mlstm_chunk_input_grad", "l < length && c < DQK", "l < 7 && c < DQK", "mlstm_chunk_gradients._long", True),
+FAULTS = [("mlstm_log_read", "uint s = own + 1; s <= places", "uint s = own; s <= places", "mlstm_replay.mlstm_log_read", False),
+          ("mlstm_chunk_input_grad", "l < length && c < DQK", "l < 7 && c < DQK", "mlstm_chunk_gradients._long", True),
           ("mlstm_step", "F * total[j]", "total[j]", "mlstm_step_kernel.mlstm_step", False),
           ("slstm_sequence", "threadgroup float hidden[DH];", "no such text", "slstm.slstm_sequence", False),
           ("slstm_sequence", "is_empty[row]", "is_empty[0]", "slstm.slstm_sequence", False),
@@ -486,7 +493,7 @@ def test_no_index_has_16_bits(name, monkeypatch):
     texts = [text, *(kernel_source(f"{h}.h") for h in kernel.includes)]
     assert not any(map(narrow_numbers, texts))
     sizes = dict(T=mx.float32, M=mx.float32, GATES=8, BIAS=True, TRANSPOSE=False, SLICES=8, ROWS=4, K=4, DH=9, THREADS=64, PER=1, RESIDENT=True, COLUMNS=4, BOUNDED=True)
-    types = dict(mask=mx.bool_, marks=mx.int32, is_empty=mx.bool_)
+    types = dict(mask=mx.bool_, real=mx.bool_, marks=mx.int32, is_empty=mx.bool_)
     assert host_module.metal_diagnostics(kernel, types, **sizes) == []
     m = re.search(r"\buint (\w+ = )([^;,]*\w [*+] [^;,]*)([;,])", text)
     line = text.count("\n", 0, m.start()) + 1

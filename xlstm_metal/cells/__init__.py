@@ -4,6 +4,7 @@ from importlib import import_module as _import_module
 _home = {
     "empty_state": "mlstm", "mlstm_parallel": "mlstm",
     "mlstm_step": "mlstm_step_kernel", "mlstm_step_plain": "mlstm",
+    "mlstm_log_read": "mlstm_replay", "mlstm_log_read_plain": "mlstm_replay",
     "mlstm_recurrent": "mlstm_chunk_kernels", "mlstm_recurrent_plain": "mlstm",
     "mlstm_chunkwise": "mlstm_chunk_gradients", "mlstm_chunkwise_plain": "mlstm_chunks",
     "mlstm_long_chunks": "mlstm_long_kernels", "mlstm_long_chunks_plain": "mlstm_chunks",
