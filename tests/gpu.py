@@ -32,7 +32,7 @@ import xlstm_metal as xm  # noqa: E402
 from xlstm_metal import metal  # noqa: E402
 from xlstm_metal.cells import (  # noqa: E402
     add_rms_norm, add_rms_norm_plain, causal_conv1d, causal_conv1d_plain, gate_maps, gate_maps_plain, head_norm_gate, head_norm_gate_plain, mlstm_chunkwise, mlstm_chunkwise_plain,
-    mlstm_long_chunks, mlstm_long_chunks_plain, mlstm_step, mlstm_step_plain, rms_norm_gates, rms_norm_gates_plain,
+    mlstm_log_read, mlstm_log_read_plain, mlstm_long_chunks, mlstm_long_chunks_plain, mlstm_step, mlstm_step_plain, rms_norm_gates, rms_norm_gates_plain,
     slstm_sequence, slstm_sequence_plain)
 from xlstm_metal.blocks.ffn import gated_silu, gated_silu_plain  # noqa: E402
 from xlstm_metal.model.config import xLSTMConfig  # noqa: E402
@@ -65,6 +65,26 @@ def cell64(q, k, v, i, f, state):
         n, m, x = F[..., None] * n + I[..., None] * k[:, :, t], m1, q[:, :, t] / np.sqrt(q.shape[-1])
         h.append(np.einsum("bhd,bhdv->bhv", x, C) / (np.maximum(np.abs((x * n).sum(-1)), np.exp(-m)) + 1e-6)[..., None])
     return [np.stack(h, 2), C, n, m[..., None]]
+
+
+def log_case(B, NH, T, DQK, DV, dtype, seed=0):
+    "A token beside a log of T places, of which the first is a hole."
+    q, k, v, i, f, state = cell_case(B, NH, T + 1, DQK, DV, dtype, seed)
+    one, log = ([a[:, :, s] for a in (q, k, v, i, f)] for s in (slice(T, None), slice(T)))
+    return *one, (*state, *log[1:], mx.broadcast_to(mx.arange(T) > 0, (B, T)))
+
+
+def log64(q, k, v, i, f, state):
+    "The definition goes through the log."
+    *state, old_k, old_v, old_i, old_f, _ = state
+    def both(old, new): return mx.concatenate([old[:, :, 1:], new], axis=2)
+    h = cell64(both(mx.zeros(old_k.shape, q.dtype), q), both(old_k, k), both(old_v, v), both(old_i, i), both(old_f, f), state)[0]
+    return h[:, :, -1:]
+
+
+def read_out(f):
+    "What is read, without the new log."
+    return lambda *args: f(*args)[0]
 
 
 def long_form(f, L, q, k, v, i, f_gate, state): return f(q, k, v, i, f_gate, state, None, L)
@@ -324,6 +344,8 @@ def cases(quick):
     for sizes in ((2, 3, 5, 7), (1, 2, 70, 65)): yield "norm", f"norm and gate {sizes}", *norm, partial(norm_case, *sizes, f32), 1e-5, True
     step = (mlstm_step, mlstm_step_plain, cell64)
     for sizes in ((2, 3, 1, 5, 7), (1, 2, 1, 33, 65)): yield "step", f"step {sizes}", *step, partial(cell_case, *sizes, f32, writes=4.), 1e-5, True
+    log = (read_out(mlstm_log_read), read_out(mlstm_log_read_plain), log64)
+    for sizes in ((2, 3, 4, 5, 7), (1, 2, 12, 33, 65)): yield "log", f"log {sizes}", *log, partial(log_case, *sizes, f32), 1e-5, True
     chunks = (mlstm_chunkwise, mlstm_chunkwise_plain, cell64)
     for sizes in ((1, 2, 9, 33, 40), (2, 3, 70, 24, 40), (1, 2, 150, 65, 130), (2, 1, 300, 16, 65)):
         yield "sequence", f"sequence {sizes}", *chunks, partial(cell_case, *sizes, f32), 1e-5, False
@@ -365,6 +387,7 @@ def cases(quick):
     yield "update", "AdamW, 51 million", adamw, adamw_plain, update64, partial(update_case, 50304, 1024, dtype=bf16), 1e-2, False
     yield "norm", "norm and gate, there and back", *(with_gradient(f, (1,)) for f in norm[:2]), None, partial(norm_case, 32, 4, 512, 256, bf16), 1e-2, False
     for B in (1, 8, 64): yield "step", f"7B step, batch {B}", *step, partial(cell_case, B, 8, 1, 256, 512, bf16), 1e-5, True
+    for B, T in ((1, 12), (64, 6), (64, 12), (64, 24)): yield "log", f"7B step, batch {B}, beside a log of {T}", *log, partial(log_case, B, 8, T, 256, 512, bf16), 1e-5, True
     for S in (4, 16, 256): yield "sequence", f"7B prompt of {S}", *chunks, partial(cell_case, 1, 8, S, 256, 512, bf16), 1e-5, S <= 16
     for t in (f32, bf16): # long inputs of 16 bits are multiplied in 16 bits
         yield "sequence", f"7B prompt of 2048, {t}", *chunks, partial(cell_case, 1, 8, 2048, 256, 512, t), 1e-5 if t == f32 else 1e-2, False
@@ -530,7 +553,7 @@ def kernels(mode):
     finally: os.environ["XLSTM_METAL_KERNELS"] = before
 
 
-PARTS = "norm", "ffn", "gates", "update", "step", "sequence", "gradient", "chunks", "conv", "slstm", "long", "decode", "bits", "wiring", "training"
+PARTS = "norm", "ffn", "gates", "update", "step", "log", "sequence", "gradient", "chunks", "conv", "slstm", "long", "decode", "bits", "wiring", "training"
 
 
 def measure(case):
