@@ -79,7 +79,7 @@ def log64(q, k, v, i, f, state):
     *state, old_k, old_v, old_i, old_f, _ = state
     def both(old, new): return mx.concatenate([old[:, :, 1:], new], axis=2)
     h = cell64(both(mx.zeros(old_k.shape, q.dtype), q), both(old_k, k), both(old_v, v), both(old_i, i), both(old_f, f), state)[0]
-    return h[:, :, -1:]
+    return [h[:, :, -1:]]
 
 
 def read_out(f):
