@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['at_levels', 'Forecast', 'plot_forecast', 'Forecaster', 'load_forecaster']
 
-# %% ../../nbs/forecast/93_forecaster.ipynb #ddfe3ac7
+# %% ../../nbs/forecast/93_forecaster.ipynb #0e733f30
+import csv
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -92,15 +93,21 @@ class Forecast:
         except ImportError as e: raise ImportError("a frame needs pandas: pip install pandas; .quantiles, .rows() and .to_csv() do without") from e
         return pd.DataFrame(list(self.rows()), columns=self.heading)
 
+    def write(self, stream): # stream: a text file that is open
+        """The forecast as CSV, a line for each series and step.
+
+        Args:
+            stream: a text file that is open
+        """
+        csv.writer(stream, lineterminator="\n").writerows([self.heading, *([r[0], str(r[1]).replace("T", " "), *(f"{v:.9g}" for v in r[2:])] for r in self.rows())])
+
     def to_csv(self, file: str | Path): # file: is replaced
-        """Write the forecast, a line for each series and step.
+        """Write the forecast into a file, as `write` does.
 
         Args:
             file: is replaced
         """
-        import csv
-        with open(Path(file).expanduser(), "w", newline="", encoding="utf-8") as f:
-            csv.writer(f).writerows([self.heading, *([r[0], str(r[1]).replace("T", " "), *(f"{v:.9g}" for v in r[2:])] for r in self.rows())])
+        with open(Path(file).expanduser(), "w", newline="", encoding="utf-8") as f: self.write(f)
 
     def plot(self, last: int = 200): # last: values of the history that are shown
         """A picture, from `plot_forecast`.
