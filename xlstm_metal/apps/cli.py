@@ -328,9 +328,9 @@ def _cmd_forecast(args):
         series = read_csv(args.file, args.columns, args.time)
         f = load_forecaster(args.model, args.revision).forecast(series, args.horizon, args.quantiles, args.at_once)
     except ValueError as e: return _fail(e)
-    if args.out: f.to_csv(args.out)
-    else: f.write(sys.stdout)
     if args.plot: f.plot().savefig(args.plot)
+    if args.out: f.to_csv(args.out)
+    else: f.write(sys.stdout) # last: who reads it may stop early
 
 # %% ../../nbs/apps/60_cli.ipynb #84c9235f
 def _cmd_score(args):

@@ -112,7 +112,7 @@ def fit_forecaster(
     """
     rows, model, rng = [s.values for s in as_series(series)], forecaster.model, np.random.default_rng(seed)
     training_batch(rows, model.config, np.random.default_rng(seed), **batches)
-    optimizer, levels, seen, means = make_optimizer(steps, lr, min(20, steps // 5), .01), model.config.quantiles, [], []
+    optimizer, levels, seen, means = make_optimizer(steps, lr, max(1, min(20, steps // 5)), .01), model.config.quantiles, [], []
     grad = nn.value_and_grad(model, lambda x, y: quantile_loss(model(x), y, levels))
     optimizer.init(model.train().trainable_parameters())
     state = [model.state, optimizer.state]
@@ -182,7 +182,8 @@ def seasonal_naive(season: int) -> Callable: # season: values until it comes aga
     def method(histories, horizon, levels):
         out, z = [], np.array([NormalDist().inv_cdf(l) for l in levels])
         for x in histories:
-            h, s = np.arange(horizon), np.nanstd(x[season:] - x[:-season])
+            h, s, x = np.arange(horizon), np.nanstd(x[season:] - x[:-season]), x.copy()
+            for t in np.flatnonzero(np.isnan(x)): x[t] = x[t - season] if t >= season else np.nan # a gap: the season before
             out.append(x[len(x) - season + h % season][:, None] + s * np.sqrt(h // season + 1)[:, None] * z)
         return np.array(out)
     return method

@@ -155,7 +155,7 @@ def as_series(
     return found
 
 def _is_row(x) -> bool: # rather than several
-    return np.ndim(x[0]) == 0 if isinstance(x, (list, tuple)) and len(x) else hasattr(x, "to_numpy") or np.ndim(x) < 2
+    return np.ndim(x[0]) == 0 and not hasattr(x[0], "__len__") if isinstance(x, (list, tuple)) and len(x) else hasattr(x, "to_numpy") or np.ndim(x) < 2
 
 def _row(x, name: str) -> list[Series]:
     if isinstance(x, Series): return [x]
