@@ -156,7 +156,16 @@ class Forecaster:
 
     @property
     def config(self) -> TiRexConfig: return self.model.config
-    def save(self, out: str | Path) -> Path: return save_tirex(self.model, out) # out: a folder that does not exist yet; returns it
+    def save(self, out: str | Path) -> Path: # out: a folder that does not exist yet; returns it
+        """Write the model, for `load_forecaster`. Raises `CheckpointError`.
+
+        Args:
+            out: a folder that does not exist yet
+
+        Returns:
+            it
+        """
+        return save_tirex(self.model, out)
 
     def forecast(self,
         series, # what `as_series` takes: a list, array, table, dictionary, or several

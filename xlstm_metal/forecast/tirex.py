@@ -32,8 +32,24 @@ class Scale(NamedTuple):
     loc: np.ndarray # mean of what is there (B, 1) float64
     size: np.ndarray # its standard deviation (B, 1) float64
 
-    def apply(self, x): return (x - self.loc) / self.size # x: (B, L) values; returns (B, L) scaled
-    def undo(self, x): return x * self.size + self.loc # x: (B, ...) scaled, loc and size fit it; returns values
+    def apply(self, x: np.ndarray) -> np.ndarray: # x: values (B, L); returns the same, scaled
+        """
+        Args:
+            x: values (B, L)
+
+        Returns:
+            the same, scaled
+        """
+        return (x - self.loc) / self.size
+    def undo(self, x: np.ndarray) -> np.ndarray: # x: scaled (B, L); returns values
+        """
+        Args:
+            x: scaled (B, L)
+
+        Returns:
+            values
+        """
+        return x * self.size + self.loc
 
 def scale_of(
     x: np.ndarray, # (B, L), NaN where a value is missing
