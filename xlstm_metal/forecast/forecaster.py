@@ -134,6 +134,7 @@ def plot_forecast(
         figure of matplotlib
     """
     import matplotlib.pyplot as plt
+    from matplotlib.dates import ConciseDateFormatter
     fig, axes = plt.subplots(len(forecast), 1, figsize=(8, 2.4 * len(forecast)), squeeze=False, layout="constrained")
     for j, (ax, s, q, t) in enumerate(zip(axes[:, 0], forecast.history, forecast.quantiles, forecast.times)):
         past, ahead = (np.arange(len(s)), len(s) + np.arange(len(q))) if t is None else (s.times, t)
@@ -141,6 +142,7 @@ def plot_forecast(
         for a in range(len(forecast.levels) // 2): ax.fill_between(ahead, q[:, a], q[:, -1 - a], color="C0", alpha=.15, lw=0)
         ax.plot(ahead, forecast.median[j], color="C0")
         if actual is not None: ax.plot(ahead, actual[j], color="C1", lw=1)
+        if t is not None: ax.xaxis.set_major_formatter(ConciseDateFormatter(ax.xaxis.get_major_locator()))
         ax.set_title(s.name, fontsize=10, loc="left")
     return fig
 
