@@ -223,6 +223,21 @@ def test_without_pandas(tiny, monkeypatch):
     assert len(list(f.rows())) == 2
 
 
+def test_levels_between_are_on_straight_lines(tiny):
+    f, q = tiny.forecast([1, 2, 3, 5.], 6), tiny.forecast([1, 2, 3, 5.], 6, [.15, .5, .62]).quantiles
+    for got, row in zip(q[0], f.quantiles[0]): assert np.allclose(got, np.interp([.15, .5, .62], f.levels, row))
+
+
+@pytest.mark.parametrize("diff", [False, True])
+def test_several_series_are_those_of_the_second_package(diff):
+    from xlstm_metal.forecast.tirex2 import forecast_groups, load_tirex2
+    folder = TINY.with_name("tirex2_tiny")
+    answers = np.load(folder / "answers.npz")
+    groups = [tuple(answers[f"{kind}_{j}"] for kind in ("target", "past", "future")) for j in range(int(answers["count"]))]
+    for j, q in enumerate(forecast_groups(load_tirex2(folder), groups, 20, diff)):
+        assert abs(q - answers[f"quantiles_{diff}_{j}"]).max() < 1e-4 * (1 + np.nanstd(groups[j][0]))
+
+
 def test_scale_of_a_window(tiny):
     for x in (np.array([[3., 3, 3]]), np.array([[np.nan, 0, 0]]), np.array([[np.nan] * 3])):
         s = scale_of(x)

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from ..blocks.block import Block, and_reset, block
-from ..blocks.ffn import GatedFFN, round_up
+from ..blocks.ffn import activations, GatedFFN, round_up
 from ..blocks.slstm import sLSTMLayer, trace_slstm
 from ..cells.norms import RMSNorm
 from ..model.config import rename_recurrent
@@ -92,13 +92,16 @@ class ResidualMLP(nn.Module):
         dims_in: size of the input
         hidden_dims: of the hidden layer
         dims_out: of the output
+        act_fn: of the hidden layer; a name in `activations`
     """
     def __init__(self,
         dims_in: int, # size of the input
         hidden_dims: int, # of the hidden layer
         dims_out: int, # of the output
+        act_fn: str = "relu", # of the hidden layer; a name in `activations`
     ):
         super().__init__()
+        self.act_fn = act_fn
         self.hidden_layer = nn.Linear(dims_in, hidden_dims)
         self.output_layer = nn.Linear(hidden_dims, dims_out)
         self.residual_layer = nn.Linear(dims_in, dims_out)
@@ -111,7 +114,7 @@ class ResidualMLP(nn.Module):
         Returns:
             (..., dims_out)
         """
-        return self.output_layer(nn.relu(self.hidden_layer(x))) + self.residual_layer(x)
+        return self.output_layer(activations[self.act_fn](self.hidden_layer(x))) + self.residual_layer(x)
 
 # %% ../../nbs/forecast/90_tirex.ipynb #7430f48b
 @block("tirex", defaults=lambda D: dict(ffn_dims=round_up(2.6667 * D, 64)))
