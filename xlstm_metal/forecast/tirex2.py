@@ -262,9 +262,17 @@ class TiRex2Block(nn.Module):
     """Time, then series.
 
     Args:
-        c: the model's; the rest as in its `blocks`
+        c: of the model
+        kind: "slstm" or "mlstm"
+        num_heads: of the time mixer
+        attention_heads: of the variate mixer
     """
-    def __init__(self, c: TiRex2Config, kind: str, num_heads: int, attention_heads: int): # c: the model's; the rest as in its `blocks`
+    def __init__(self,
+        c: TiRex2Config, # of the model
+        kind: str, # "slstm" or "mlstm"
+        num_heads: int, # of the time mixer
+        attention_heads: int, # of the variate mixer
+    ):
         super().__init__()
         self.time_mixer = TimeMixer(kind, c.dims, num_heads)
         self.variate_mixer = VariateMixer(c.dims, attention_heads, c.act_fn, c.qk_norm)
