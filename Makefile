@@ -80,7 +80,7 @@ clean:          ## remove everything that make made
 	$(PY) -m venv .venv-parity
 	.venv-parity/bin/python -m pip install -q torch==2.13.0
 	.venv-parity/bin/python -m pip install -q -e '.$(call extra,parity)'
-	.venv-parity/bin/python -m pip install -q --no-deps xlstm==2.0.6 mlstm_kernels==2.0.6
+	.venv-parity/bin/python -m pip install -q --no-deps xlstm==2.0.6 mlstm_kernels==2.0.6 tirex-ts==1.4.2
 	touch $@
 build/npm/node_modules/katex:
 	npm install --silent --prefix build/npm katex@0.16.22

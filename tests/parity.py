@@ -8,6 +8,8 @@ states 1e-4 absolute or of a state's largest number where that is above 1, loss 
 logits is h over 1 + |h|, and the references work in float64. A bfloat16 model has no exact answer: its logits may be
 twice as far from the fp32 reference as those of transformers' own bfloat16 model, its fp32 states no further.
 Rows of stacks are the first paper's models (`xlstm.xLSTMLMModel`), held against its full pass and against its steps.
+Rows of TiRex are forecasters of `tirex-ts` with its sLSTM in float32 (it rounds to bfloat16): quantiles, in standard deviations of the window,
+and the gradient of their weighted sum.
 """
 import argparse
 import json
@@ -16,8 +18,10 @@ import sys
 import tempfile
 import time
 import traceback
+import unittest.mock
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from zlib import crc32
 
@@ -595,8 +599,47 @@ def cell_row(row, folder, seed):
     compare_cell(row, seed, **row.config)
 
 
+TIREX = {
+    "short": dict(batch=7, dims=32, heads=4, blocks=2, patch=8, hidden=24, context=96, length=5, at_once=1),
+    "one head": dict(batch=7, dims=16, heads=1, blocks=1, patch=4, hidden=8, context=32, length=4, at_once=1),
+    "patches one by one": dict(batch=7, dims=48, heads=2, blocks=3, patch=16, hidden=40, context=256, length=70, at_once=1),
+    "patches at once": dict(batch=7, dims=48, heads=2, blocks=3, patch=16, hidden=40, context=256, length=70, at_once=5),
+    "some at once": dict(batch=7, dims=64, heads=8, blocks=2, patch=8, hidden=64, context=64, length=61, at_once=3),
+    "beyond the context": dict(batch=7, dims=32, heads=4, blocks=2, patch=8, hidden=32, context=32, length=60, at_once=2),
+    "deep": dict(batch=7, dims=32, heads=4, blocks=10, patch=32, hidden=32, context=512, length=40, at_once=1),
+    "published sizes": dict(batch=7, dims=512, heads=4, blocks=12, patch=32, hidden=2048, context=2048, length=64, at_once=2),
+}
+
+
+def tirex_row(row, folder, seed):
+    "A forecaster of NX-AI's `tirex-ts` with random weights, through its own checkpoint."
+    from fixtures.make_tirex import tirex_model, tirex_run, tirex_series
+    from xlstm_metal.forecast.files import load_tirex
+    from xlstm_metal.forecast.tirex import forecast_quantiles, scale_of, windows
+    sizes = dict(row.config)
+    length, at_once, context = sizes.pop("length"), sizes.pop("at_once"), sizes["context"]
+    sizes.pop("batch")
+    theirs, settings = tirex_model(seed, **sizes)
+    torch.save({"hyper_parameters": settings, "state_dict": theirs.state_dict(), "epoch": 3}, Path(folder) / "model.ckpt")
+    series = [s.astype(np.float32).astype(np.float64) for s in tirex_series(seed, context)]
+    model, x = load_tirex(folder), windows(series, context)
+    size = scale_of(x).size[..., None]
+    got, want = forecast_quantiles(model, x, length, at_once), tirex_run(theirs, series, length, at_once)
+    row.put("logits", distance(mx.array((got / size).astype(np.float32)), torch.tensor(want / size)), "quantiles")
+    if sizes["dims"] > 256: return # minutes
+
+    w = np.random.default_rng(seed).normal(size=(2, context // sizes["patch"], 9, sizes["patch"])).astype(np.float32)
+    scaled = scale_of(x[:2]).apply(x[:2]).astype(np.float32)
+    with unittest.mock.patch.object(torch, "bfloat16", torch.float32):
+        (theirs._forward_model_tokenized(torch.tensor(scaled).unflatten(1, (-1, sizes["patch"]))).swapaxes(1, 2) * torch.tensor(w)).sum().backward()
+    _, grads = nn.value_and_grad(model, lambda x: (model(x) * mx.array(w)).sum())(mx.array(scaled))
+    theirs = model.sanitize({n: to_mx(p.grad) for n, p in theirs.named_parameters()})
+    for name, g in tree_flatten(grads): row.put("grad", relative(g, torch.tensor(np.array(theirs[name]))), name)
+
+
 def sizes_text(sizes):
     "D heads x blocks, vocabulary and chunk of a model, or the sizes of a cell."
+    if "patch" in sizes: return "B{batch} D{dims} H{heads} L{blocks} P{patch} of {context}".format(**sizes)
     if "dqk" in sizes: return "B{batch} NH{heads} {dqk}x{dv} chunk {chunk}".format(**sizes)
     if "blocks" in sizes:
         parts = [sizes[kind] for kind in ("mlstm", "slstm") if sizes.get(kind) is not None]
@@ -621,6 +664,8 @@ def rows(seed, draws):
     yield Row("transformers bundled", BUNDLED), partial(bundled_row, seed=own("bundled"))
     yield Row("transformers bf16", BF16), partial(bf16_row, seed=own("bf16"))
     yield Row("transformers bf16 chunks", BF16), partial(long_chunks_row, seed=own("bf16"))
+    for name, sizes in TIREX.items() if find_spec("tirex") else ():
+        yield Row(f"tirex {name}", sizes), partial(tirex_row, seed=own(name))
     for name, sizes in CELLS.items():
         yield Row(f"cell {name}", sizes), partial(cell_row, seed=own(name))
 
@@ -635,6 +680,7 @@ def main():
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
+    if not find_spec("tirex"): print("no rows of TiRex: pip install scikit-learn, and --no-deps tirex-ts==1.4.2")
     print(HEADER)
     failed = total = 0
     for row, fill in rows(args.seed, args.draws):

@@ -17,6 +17,7 @@ _home = {
     "convert": "model.convert", "save": "model.convert", "xLSTM": "model.lstm_layer",
     "fit": "train.train", "init_weights": "train.train", "lm_loss": "train.train", "make_optimizer": "train.train",
     "Trainer": "train.trainer", "TrainConfig": "train.trainer",
+    "Forecaster": "forecast.forecaster", "load_forecaster": "forecast.forecaster",
 }
 __all__ = ["__version__", *_home]
 

@@ -21,14 +21,16 @@ class CheckpointError(ValueError):
 # %% ../nbs/04_files.ipynb #08431b7f
 bundled = (Path(__file__).parent if "__file__" in globals() else Path("../xlstm_metal").resolve()) / "bundled"
 hub_id = re.compile(r"\w[\w.-]*/[\w.-]+")
-licences = {"NX-AI/xLSTM-7b": "the weights are under the NXAI Community License: a commercial licence is needed above EUR 100 million of "
-                             'yearly revenue, and copies must show "Built with technology from NXAI"'} # said before a download
+_nxai = ("the weights are under the NXAI Community License: a commercial licence is needed above EUR 100 million of "
+         'yearly revenue, and copies must show "Built with technology from NXAI"')
+licences = {f"NX-AI/{name}": _nxai for name in ("xLSTM-7b", "TiRex", "TiRex-1.1-gifteval")} # said before a download
 patterns = ["*.json", "*.yaml", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja", "LICEN[CS]E*", "NOTICE*", "README.md"]
 
 def resolve(
     path: str | Path | None, # folder, hub id, or None or "bundled" for the bundled model
     revision: str | None = None, # branch, tag or commit on the hub
     token: str | None = None, # for private and gated repositories
+    allow: list[str] = patterns, # which files to download
 ) -> Path: # an existing folder
     """The folder of a checkpoint; downloads what the hub has and the cache has not.
 
@@ -36,6 +38,7 @@ def resolve(
         path: folder, hub id, or None or "bundled" for the bundled model
         revision: branch, tag or commit on the hub
         token: for private and gated repositories
+        allow: which files to download
 
     Returns:
         an existing folder
@@ -49,9 +52,10 @@ def resolve(
     from huggingface_hub import snapshot_download, try_to_load_from_cache
     with hub_errors(path, revision):
         answers = hub_answers()
-        if answers and path in licences and not try_to_load_from_cache(path, "config.json", revision=revision):
+        there = [f for f in ("config.json", "model.ckpt") if try_to_load_from_cache(str(path), f, revision=revision)]
+        if answers and path in licences and not there:
             print(f"{path}: {licences[path]}", file=sys.stderr)
-        return Path(snapshot_download(str(path), revision=revision, token=token, allow_patterns=patterns, local_files_only=not answers))
+        return Path(snapshot_download(str(path), revision=revision, token=token, allow_patterns=allow, local_files_only=not answers))
 
 # %% ../nbs/04_files.ipynb #3aba2275
 def hub_answers() -> bool:
