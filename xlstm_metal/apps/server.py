@@ -29,6 +29,7 @@ from ..model.tokenizer import encode
 from ..generation.state_files import StateError
 from ..generation.state import State
 from ..generation.checkpoints import blank_lines, Checkpoints, common_prefix, Origin, state_bytes
+from ..wiring.precision import precisions
 from ..generation.named_states import check_name, NamedStates, NoRoom, StateConflict, StateInfo, UnknownState
 
 # %% ../../nbs/apps/62_server.ipynb #53690795
@@ -224,10 +225,10 @@ class _Thread(ResponseGenerator):
         if isinstance(model, Model):
             folder = None if self._is_distributed or not args.state_folder else Path(args.state_folder).expanduser() # several machines must find the same
             most = args.prompt_cache_bytes or 2 << 30
-            if args.prompt_cache_size: most = min(most, args.prompt_cache_size * state_bytes(model))
-            self.checkpoints = Checkpoints(model, folder and folder / "checkpoints", most, args.checkpoint_bytes, args.checkpoint_every)
+            if args.prompt_cache_size: most = min(most, args.prompt_cache_size * state_bytes(model, args.state_precision))
+            self.checkpoints = Checkpoints(model, folder and folder / "checkpoints", most, args.checkpoint_bytes, args.checkpoint_every, args.state_precision)
             self.prompt_cache = CheckpointCache(self.checkpoints)
-            if folder: self.states = NamedStates(model, folder, self.checkpoints.store, args.state_count, args.state_bytes)
+            if folder: self.states = NamedStates(model, folder, self.checkpoints.store, args.state_count, args.state_bytes, args.state_precision)
         self._is_open = True
 
     def _generate(self):
@@ -715,6 +716,7 @@ class _Parser(argparse.ArgumentParser):
         "mlx-lm's options for its server, and some more."
         add = self.add_argument_group("states and access").add_argument
         add("--state-folder", metavar="FOLDER", help="where checkpoints and named states are kept (default: checkpoints in memory alone, no named states)")
+        add("--state-precision", choices=precisions, default="float32", help="of checkpoints and named states; with fewer bits, more of them have room (%(default)s)")
         add("--checkpoint-every", type=_positive, default=512, metavar="N", help="tokens between checkpoints (%(default)s)")
         add("--checkpoint-bytes", type=_parse_size, default=16 << 30, metavar="SIZE", help="most that checkpoints take in files (16GB)")
         add("--state-count", type=_positive, default=1000, metavar="N", help="most named states (%(default)s)")
