@@ -104,7 +104,7 @@ class CheckpointCache(LRUPromptCache):
         state = self.checkpoints.find(tokens, 1, task.origin) or (task.state.fork() if task.state else State(self.checkpoints.model))
         known = state.tokens - task.origin.tokens
         self._has_read(task, known, state)
-        return state.cache if state.tokens else None, tokens[known:]
+        return None if state.cache[0].empty() else state.cache, tokens[known:]
 
     def insert_cache(self, model, tokens: Prompt, cache: list, *, cache_type: str = "end"): # as for mlx-lm
         """
@@ -243,10 +243,10 @@ class Generator(_Thread):
     def _tokenize(self, tokenizer, request, args):
         task = getattr(request, "task", None) or Task()
         if task.result: # all of it is one text
-            ids = request.prompt if isinstance(request.prompt, list) else encode(tokenizer, request.prompt, self.checkpoints.model.args, not task.state)
+            ids = request.prompt if isinstance(request.prompt, list) else encode(tokenizer, request.prompt, self.checkpoints.model.args, not (task.state and task.state.tokens))
             ids, segments, *rest = ids, [ids], ["assistant"], "normal", None
         else: ids, segments, *rest = super()._tokenize(tokenizer, request, args)
-        begins = 1 if task.state and ids[:1] == [tokenizer.bos_token_id] else 0 # no BOS in the middle of a text
+        begins = 1 if task.state and task.state.tokens and ids[:1] == [tokenizer.bos_token_id] else 0 # no BOS in the middle of a text
         _require(len(ids) > begins, "the prompt has no tokens") # a template can make one, and it would end this thread
         if self.checkpoints is None: return ids, segments, *rest
         ends = [*accumulate(map(len, segments[:-1])), *self._ends(tokenizer, request, args, ids)]

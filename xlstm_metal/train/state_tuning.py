@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['VirtualTokens', 'virtual_tokens', 'ScalarMeans', 'FreeArrays', 'StateTuning', 'one_text']
 
-# %% ../../nbs/train/72_state_tuning.ipynb #1f09144b
+# %% ../../nbs/train/72_state_tuning.ipynb #e1e58ba1
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from ..numerics import log_sigmoid
 from ..blocks.mlstm import mLSTMBlock, mLSTMPreUpBlock

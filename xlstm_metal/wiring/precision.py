@@ -70,7 +70,7 @@ def from_int4(e: mx.array, scale: mx.array, n: int) -> mx.array: # e: from `to_i
     e = mx.stack([e & 15, e >> 4], -1).flatten(-2)[..., :n].astype(mx.float32) - 8
     return (e.reshape(*scale.shape, -1) * scale[..., None] / 14).reshape(e.shape)
 
-# %% ../../nbs/wiring/35_precision.ipynb #6ebef301
+# %% ../../nbs/wiring/35_precision.ipynb #969b65e0
 precisions = "float32", "bfloat16", "int8"
 
 def check_precision(precision: str):
@@ -85,7 +85,7 @@ class LowPrecisionCache(ArraysCache):
     """
     def __init__(self, size: int): # size: number of arrays, scales and errors included
         super().__init__(size)
-        self.precision, self.feedback, self.own, self.lower, self.dtypes = "float32", False, size, (), ()
+        self.precision, self.feedback, self.own, self.lower, self.dtypes = "float32", False, size, (), () # dtypes: their names; caches are copied deeply
 
     @classmethod
     def of(cls,
@@ -117,10 +117,10 @@ class LowPrecisionCache(ArraysCache):
     def arrays(self) -> list: # as the block has them
         "as the block has them"
         held = dict(zip(self.names, self.cache))
-        return [whole(held, str(j)).astype(dtype) for j, dtype in enumerate(self.dtypes)]
+        return [whole(held, str(j)).astype(getattr(mx, dtype)) for j, dtype in enumerate(self.dtypes)]
     @arrays.setter
     def arrays(self, arrays: list):
-        held, self.dtypes = dict(zip(map(str, range(len(arrays))), arrays)), tuple(a.dtype for a in arrays[:self.own])
+        held, self.dtypes = dict(zip(map(str, range(len(arrays))), arrays)), tuple(str(a.dtype).rpartition(".")[2] for a in arrays[:self.own])
         for j in self.lower: held |= _parts(str(j), arrays[j], self.precision, self.feedback)
         self.cache = [held[name] for name in self.names] or arrays
 
