@@ -227,6 +227,6 @@ def test_the_server_holds_them_so(original, tmp_path):
     assert "Traceback" not in server.stop()
 
 
-def test_the_server_knows_which(capsys):
-    with pytest.raises(SystemExit): main(["mlx", "server", "--model", "x", "--state-precision", "int9"])
+def test_the_server_knows_which(original, capsys):
+    assert main(["mlx", "server", "--model", str(original), "--state-precision", "int9"]) == 2
     assert "invalid choice: 'int9'" in capsys.readouterr().err
