@@ -230,3 +230,17 @@ def test_the_server_holds_them_so(original, tmp_path):
 def test_the_server_knows_which(original, capsys):
     assert main(["mlx", "server", "--model", str(original), "--state-precision", "int9"]) == 2
     assert "invalid choice: 'int9'" in capsys.readouterr().err
+
+
+def test_the_command_line_keeps_them_so(original, tmp_path, capsys):
+    def say(*words):
+        assert main([*map(str, words)]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+    for precision in "float32", "int8":
+        say("generate", "--model", original, "-p", "import os\n", "--max-tokens", 0, "--save-state", tmp_path / precision, "--state-precision", precision)
+        say("state", "create", precision, "--model", original, "--folder", tmp_path / "named", "--text", "import os\n", "--state-precision", precision)
+    assert (tmp_path / "int8").stat().st_size < .35 * (tmp_path / "float32").stat().st_size and read_notes(tmp_path / "named" / "int8.state")["precision"] == "int8"
+    want = say("generate", "--model", original, "--load-state", tmp_path / "float32", "-p", "def walk(", "--max-tokens", 8)
+    assert say("generate", "--model", original, "--load-state", tmp_path / "int8", "-p", "def walk(", "--max-tokens", 8) == want
+    say("state", "ask", "int8", "--model", original, "--folder", tmp_path / "named", "-p", "def walk(", "--max-tokens", 4, "--save-as", "later", "--state-precision", "bfloat16")
+    assert read_notes(tmp_path / "named" / "later.state")["precision"] == "bfloat16"
