@@ -181,7 +181,9 @@ def test_running_states_batch_and_part(small):
     both = batch(states)
     both.read([[8, 9]] * 2)
     assert both.precision == "int8" and both.nbytes == sum(s.nbytes for s in states)
-    for one, t in zip(unbatch(both), texts): assert mx.abs(one.logits - State(small).astype("int8", feedback=True).read(t + [8, 9]).logits).max() < .02
+    for one, t in zip(unbatch(both), texts):
+        assert mx.abs(one.logits - State(small).astype("int8", feedback=True).read(t + [8, 9]).logits).max() < .02
+        assert mx.abs(one.read([3]).logits - State(small).read(t + [8, 9, 3]).logits).max() < .02 < mx.abs(one.logits - State(small).read([3]).logits).max()
     with pytest.raises(StateError, match="different precision"): batch([states[0], State(small).read([1])])
     with pytest.raises(StateError, match="different precision"): batch([states[0], State(small).astype("int8").read([1])])
 
