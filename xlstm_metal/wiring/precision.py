@@ -70,11 +70,15 @@ def from_int4(e: mx.array, scale: mx.array, n: int) -> mx.array: # e: from `to_i
     e = mx.stack([e & 15, e >> 4], -1).flatten(-2)[..., :n].astype(mx.float32) - 8
     return (e.reshape(*scale.shape, -1) * scale[..., None] / 14).reshape(e.shape)
 
-# %% ../../nbs/wiring/35_precision.ipynb #969b65e0
+# %% ../../nbs/wiring/35_precision.ipynb #e46ae85a
 precisions = "float32", "bfloat16", "int8"
 
-def check_precision(precision: str):
-    "Refuse what is none. Raises `WiringError`."
+def check_precision(precision: str): # precision: one of `precisions`
+    """Refuse what is none. Raises `WiringError`.
+
+    Args:
+        precision: one of `precisions`
+    """
     if precision not in precisions: raise WiringError(f"precision must be one of {', '.join(precisions)}, not {precision!r}")
 
 class LowPrecisionCache(ArraysCache):
