@@ -110,7 +110,7 @@ def _parts_of(block, x, arrays: list) -> list[nn.Module]: # x: (1, R, D), what t
     else: return [FreeArrays(rest)]
     return [first, FreeArrays(rest[taken:])] if rest[taken:] else [first]
 
-# %% ../../nbs/train/72_state_tuning.ipynb #e1406131
+# %% ../../nbs/train/72_state_tuning.ipynb #730c6475
 class StateTuning(nn.Module):
     """A model whose initial state learns (initial state tuning: arXiv 2410.09016, 2503.03499). Raises `StateError`.
 
@@ -200,8 +200,24 @@ class StateTuning(nn.Module):
     def backbone(self): return self.model.backbone
     @property
     def embeddings(self): return self.model.embeddings
-    def uncapped(self, x: mx.array) -> mx.array: return self.model.uncapped(x) # x: (..., D); returns (..., V)
-    def head(self, x: mx.array) -> mx.array: return self.model.head(x) # x: (..., D); returns (..., V)
+    def uncapped(self, x: mx.array) -> mx.array: # (..., D) -> (..., V)
+        """
+        Args:
+            x: (..., D)
+
+        Returns:
+            (..., V)
+        """
+        return self.model.uncapped(x)
+    def head(self, x: mx.array) -> mx.array: # (..., D) -> (..., V)
+        """
+        Args:
+            x: (..., D)
+
+        Returns:
+            (..., V)
+        """
+        return self.model.head(x)
 
 # %% ../../nbs/train/72_state_tuning.ipynb #02f8cd65
 def one_text(batches): # iterable of `Batch`; yields the same
