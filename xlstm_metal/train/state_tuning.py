@@ -231,11 +231,11 @@ def one_text(batches): # iterable of `Batch`; yields the same
         later[:, 0] = False
         yield Batch(ids, np.zeros_like(reset), mask & ~np.logical_or.accumulate(later, 1))
 
-# %% ../../nbs/train/72_state_tuning.ipynb #7cd450c0
+# %% ../../nbs/train/72_state_tuning.ipynb #a2ffa24f
 def state_optimizer(
     steps: int, # length of the schedule
-    lr: float = 1e-1, # highest rate of the state
-    others: float = 1e-4, # of what else learns
+    lr: float = 3e-1, # highest rate of the state
+    others: float = 4e-4, # of what else learns
     warmup: int = 5, # steps to get there
 ) -> optim.Optimizer:
     """AdamW without decay, with two rates: both rise, and fall to a tenth along a cosine.
