@@ -13,6 +13,7 @@ from xlstm_metal.apps.cli import main
 from xlstm_metal.blocks import discovery # noqa: F401 registers the kinds of blocks
 from xlstm_metal.generation import state_files
 from xlstm_metal.generation.checkpoints import Checkpoints, Store, state_bytes
+from xlstm_metal.generation.compiled_step import step_choices
 from xlstm_metal.generation.named_states import NamedStates, NoRoom
 from xlstm_metal.generation.state import State, batch, unbatch
 from xlstm_metal.generation.state_files import StateError, read_arrays, read_notes, write_arrays
@@ -246,3 +247,12 @@ def test_the_command_line_keeps_them_so(original, tmp_path, capsys):
     assert say("generate", "--model", original, "--load-state", tmp_path / "int8", "-p", "def walk(", "--max-tokens", 8) == want
     say("state", "ask", "int8", "--model", original, "--folder", tmp_path / "named", "-p", "def walk(", "--max-tokens", 4, "--save-as", "later", "--state-precision", "bfloat16")
     assert read_notes(tmp_path / "named" / "later.state")["precision"] == "bfloat16"
+
+
+def test_a_compiled_step_leaves_it_alone(small):
+    "It is made for the arrays of a float32 cache."
+    with step_choices(small, "compiled"):
+        low, plain = State(small).astype("int8", feedback=True).read([1, 2]), State(small).read([1, 2])
+        for t in range(9):
+            for s in low, plain: s.feed(mx.array([t]))
+        assert low.precision == "int8" and mx.abs(low.logits - plain.logits).max() < .03
