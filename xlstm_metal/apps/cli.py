@@ -80,6 +80,7 @@ def _add_generate(add):
     add("--skip", type=int, default=0, metavar="N", help="skip the first N tokens of --file, which --load-state has read (%(default)s)")
     add("--load-state", metavar="FILE", help="continue from a saved state")
     add("--save-state", metavar="FILE", help="save the state at the end, also after Ctrl-C")
+    _add_precision(add)
     add("--interactive", "-i", action="store_true", help="chat, beginning with the prompt if there is one")
     add("--info", action="store_true", help="the same as the command info")
     _add_wiring(add)
@@ -128,7 +129,11 @@ def _add_state(sub): # of the command
         s.add_argument("--folder", metavar="FOLDER", help="where states are kept, as for the server's --state-folder (default: XLSTM_METAL_STATES, or in the user's data)")
         add_options(s.add_argument)
 
+def _add_precision(add):
+    add("--state-precision", choices=("float32", "bfloat16", "int8"), default="float32", help="of the state that is kept; with fewer bits, a smaller file (%(default)s)")
+
 def _add_create(add):
+    _add_precision(add)
     _add_compute(add)
     _add_adapters(add)
     add("--file", "-f", help="the text, of any length")
@@ -136,6 +141,7 @@ def _add_create(add):
     add("--from", dest="after", metavar="NAME", help="a state that the text continues")
 
 def _add_ask(add):
+    _add_precision(add)
     _add_sampling(add)
     add("--prompt", "-p", metavar="TEXT", required=True, help="what the state reads before it answers; - reads standard input")
     add("--save-as", metavar="NAME", help="keep the state behind the answer, under a new name or that of the state itself")
@@ -393,7 +399,7 @@ def _cmd_generate(args):
     if args.skip and not args.file: raise GenerationError("--skip needs --file: it skips tokens of that text")
     _check_inputs(prompt, args.file, args.load_state, args.save_state)
     runner = _load_runner(args)
-    with _saving_state(runner, args.save_state):
+    with _saving_state(runner, args.save_state, args.state_precision):
         if args.file: runner.state.prefill(Path(args.file), runner.tokenizer, sys.stderr.isatty() or None, args.skip)
         if args.interactive: return _chat(runner, sampling, prompt)
         print(prompt or "", end="", flush=True)
@@ -415,7 +421,7 @@ def _adapt(model, folder: str):
 # %% ../../nbs/apps/60_cli.ipynb #ee2dd013
 def _cmd_chat(args):
     "`generate` without what only a single text has."
-    vars(args).update(interactive=True, prompt=None, file=None, skip=0, load_state=None, save_state=None, info=False, show_wiring=False)
+    vars(args).update(interactive=True, prompt=None, file=None, skip=0, load_state=None, save_state=None, state_precision="float32", info=False, show_wiring=False)
     return _cmd_generate(args)
 
 def _load_runner(args):
@@ -465,12 +471,12 @@ def _check_inputs(prompt=None, file=None, load_state=None, save_state=None):
 
 # %% ../../nbs/apps/60_cli.ipynb #4bcc8429
 @contextmanager
-def _saving_state(runner, path: str | None):
+def _saving_state(runner, path: str | None, precision: str):
     "Save the state at the end, whatever ends it."
     try: yield
     finally:
         if path and runner.state.tokens:
-            runner.state.save(path)
+            runner.state.save(path, precision)
             print(f"saved a state of {runner.state.tokens} tokens in {path}", file=sys.stderr)
 
 # %% ../../nbs/apps/60_cli.ipynb #c40783d6
@@ -506,7 +512,7 @@ def _create_state(args, states):
     if args.name in states: raise StateConflict(f"there is a state {args.name!r} already: delete it first, or take another name")
     runner = _load_runner(args)
     source, progress = Path(args.file) if args.file else text, sys.stderr.isatty() or None
-    return NamedStates(runner.model, states.folder).create(args.name, source, runner.tokenizer, args.after, progress)
+    return NamedStates(runner.model, states.folder, precision=args.state_precision).create(args.name, source, runner.tokenizer, args.after, progress)
 
 def _ask_state(args, states):
     from xlstm_metal.generation.generate import Sampling
@@ -517,7 +523,7 @@ def _ask_state(args, states):
     _check_inputs(prompt)
     states.info(args.name)
     runner = _load_runner(args)
-    states, save = NamedStates(runner.model, states.folder), args.save_as
+    states, save = NamedStates(runner.model, states.folder, precision=args.state_precision), args.save_as
     runner.state = states.get(args.name)
     with states.writing(save, replace=save == args.name) if save else nullcontext():
         _print_stream(runner.stream(prompt, **sampling), pieces := [])

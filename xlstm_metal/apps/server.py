@@ -29,6 +29,7 @@ from ..model.tokenizer import encode
 from ..generation.state_files import StateError
 from ..generation.state import State
 from ..generation.checkpoints import blank_lines, Checkpoints, common_prefix, Origin, state_bytes
+from ..wiring.precision import precisions
 from ..generation.named_states import check_name, NamedStates, NoRoom, StateConflict, StateInfo, UnknownState
 
 # %% ../../nbs/apps/62_server.ipynb #53690795
@@ -103,7 +104,7 @@ class CheckpointCache(LRUPromptCache):
         state = self.checkpoints.find(tokens, 1, task.origin) or (task.state.fork() if task.state else State(self.checkpoints.model))
         known = state.tokens - task.origin.tokens
         self._has_read(task, known, state)
-        return state.cache if state.tokens else None, tokens[known:]
+        return None if state.cache[0].empty() else state.cache, tokens[known:]
 
     def insert_cache(self, model, tokens: Prompt, cache: list, *, cache_type: str = "end"): # as for mlx-lm
         """
@@ -224,10 +225,10 @@ class _Thread(ResponseGenerator):
         if isinstance(model, Model):
             folder = None if self._is_distributed or not args.state_folder else Path(args.state_folder).expanduser() # several machines must find the same
             most = args.prompt_cache_bytes or 2 << 30
-            if args.prompt_cache_size: most = min(most, args.prompt_cache_size * state_bytes(model))
-            self.checkpoints = Checkpoints(model, folder and folder / "checkpoints", most, args.checkpoint_bytes, args.checkpoint_every)
+            if args.prompt_cache_size: most = min(most, args.prompt_cache_size * state_bytes(model, args.state_precision))
+            self.checkpoints = Checkpoints(model, folder and folder / "checkpoints", most, args.checkpoint_bytes, args.checkpoint_every, args.state_precision)
             self.prompt_cache = CheckpointCache(self.checkpoints)
-            if folder: self.states = NamedStates(model, folder, self.checkpoints.store, args.state_count, args.state_bytes)
+            if folder: self.states = NamedStates(model, folder, self.checkpoints.store, args.state_count, args.state_bytes, args.state_precision)
         self._is_open = True
 
     def _generate(self):
@@ -242,10 +243,10 @@ class Generator(_Thread):
     def _tokenize(self, tokenizer, request, args):
         task = getattr(request, "task", None) or Task()
         if task.result: # all of it is one text
-            ids = request.prompt if isinstance(request.prompt, list) else encode(tokenizer, request.prompt, self.checkpoints.model.args, not task.state)
+            ids = request.prompt if isinstance(request.prompt, list) else encode(tokenizer, request.prompt, self.checkpoints.model.args, not (task.state and task.state.tokens))
             ids, segments, *rest = ids, [ids], ["assistant"], "normal", None
         else: ids, segments, *rest = super()._tokenize(tokenizer, request, args)
-        begins = 1 if task.state and ids[:1] == [tokenizer.bos_token_id] else 0 # no BOS in the middle of a text
+        begins = 1 if task.state and task.state.tokens and ids[:1] == [tokenizer.bos_token_id] else 0 # no BOS in the middle of a text
         _require(len(ids) > begins, "the prompt has no tokens") # a template can make one, and it would end this thread
         if self.checkpoints is None: return ids, segments, *rest
         ends = [*accumulate(map(len, segments[:-1])), *self._ends(tokenizer, request, args, ids)]
@@ -715,6 +716,7 @@ class _Parser(argparse.ArgumentParser):
         "mlx-lm's options for its server, and some more."
         add = self.add_argument_group("states and access").add_argument
         add("--state-folder", metavar="FOLDER", help="where checkpoints and named states are kept (default: checkpoints in memory alone, no named states)")
+        add("--state-precision", choices=precisions, default="float32", help="of checkpoints and named states; with fewer bits, more of them have room (%(default)s)")
         add("--checkpoint-every", type=_positive, default=512, metavar="N", help="tokens between checkpoints (%(default)s)")
         add("--checkpoint-bytes", type=_parse_size, default=16 << 30, metavar="SIZE", help="most that checkpoints take in files (16GB)")
         add("--state-count", type=_positive, default=1000, metavar="N", help="most named states (%(default)s)")

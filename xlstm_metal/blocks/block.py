@@ -42,12 +42,14 @@ class Block(nn.Module):
         spec: set when a block is made
         state_size: number of arrays in the state
         grows: whether the state grows with the text, as that of attention does
+        low_precision: arrays of the state that a cache may hold in 16 or 8 bits, by their index
         takes_back: how a cache takes tokens back: by copies of states, by an mLSTM's log, by the inputs of a convolution, by keys that grow
     """
     kind: str = None # set by `block`
     spec: BlockSpec = None # set when a block is made
     state_size: int = None # number of arrays in the state
     grows: bool = False # whether the state grows with the text, as that of attention does
+    low_precision: tuple = () # arrays of the state that a cache may hold in 16 or 8 bits, by their index
     takes_back: str = "copies" # how a cache takes tokens back: by copies of states, by an mLSTM's log, by the inputs of a convolution, by keys that grow
 
     def trace(self,

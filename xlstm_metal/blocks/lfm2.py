@@ -207,7 +207,7 @@ class ConvBlock(OperatorBlock):
         kernel_size: taps
         norm_eps: of both norms
     """
-    state_size, takes_back, operator = 1, "inputs", "conv" # the last inputs of the convolution
+    state_size, low_precision, takes_back, operator = 1, (0,), "inputs", "conv" # the last inputs of the convolution
     def __init__(self,
         dims: int, # size of the residual stream, D
         ffn_dims: int, # size inside the feed-forward network

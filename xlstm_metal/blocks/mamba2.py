@@ -156,7 +156,7 @@ class Mamba2Block(Block):
         norm_eps: of both norms
         chunk_size: tokens per chunk
     """
-    state_size = 2 # matrices, and the last inputs of the convolution
+    state_size, low_precision = 2, (0, 1) # matrices, and the last inputs of the convolution
     def __init__(
         self, dims: int, num_heads: int, inner_dims: int, state_dims: int, kernel_size: int = 4, norm_eps: float = 1e-5, chunk_size: int = 64
     ): # as for `Mamba2Mixer`; norm_eps: of both norms

@@ -225,7 +225,7 @@ class mLSTMBlock(Block):
         chunk_size: tokens per chunk
         act_fn: of the feed-forward network
     """
-    state_size, takes_back = 3, "log" # C, n, m
+    state_size, low_precision, takes_back = 3, (0,), "log" # C, n, m
     def __init__(
         self, dims: int, num_heads: int, qk_dims: int, v_dims: int, ffn_dims: int, norm_eps: float = 1e-6, bias: bool = False,
         gate_soft_cap: float | None = 15., eps: float = 1e-6, chunk_size: int = 64, act_fn: str = "silu"
@@ -407,7 +407,7 @@ class mLSTMPreUpBlock(Block):
         num_blocks: of the whole stack: the deeper, the smaller the last map begins
         chunk_size: tokens per chunk
     """
-    state_size, takes_back = 4, "log" # C, n, m, and the last inputs of the convolution
+    state_size, low_precision, takes_back = 4, (0, 3), "log" # C, n, m, and the last inputs of the convolution
     def __init__(
         self, dims: int, inner_dims: int, num_heads: int, qkv_size: int = 4, kernel_size: int = 4, bias: bool = False,
         dropout: float = 0., num_blocks: int = 1, chunk_size: int = 64

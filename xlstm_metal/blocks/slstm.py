@@ -218,6 +218,7 @@ class sLSTMBlock(Block):
         self.xlstm = sLSTMLayer(dims, num_heads, kernel_size, dropout, block, num_blocks)
         self.ffn = FusedGatedFFN(dims, ffn_dims, act_fn, ffn_bias, ffn_dropout)
 
+    low_precision = 0, 1, 4 # y, c and the inputs
     @property
     def state_size(self) -> int: # y, c, n, m, and the last inputs of the convolution
         "y, c, n, m, and the last inputs of the convolution"

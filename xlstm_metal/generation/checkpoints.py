@@ -97,7 +97,7 @@ class StateFiles:
             key: of a file, which is replaced
             state: with or without logits
         """
-        write_arrays(self.path(key), state.arrays(), self.notes | {"tokens": json.dumps(state.counts)})
+        write_arrays(self.path(key), state.arrays(), self.notes | state.notes())
         self.tokens.pop(key, None)
         self.tokens[key], self.sizes[key] = state.tokens, self.path(key).stat().st_size
 
@@ -111,13 +111,14 @@ class StateFiles:
         self.path(key).unlink(missing_ok=True)
 
 # %% ../../nbs/generation/58_checkpoints.ipynb #43eaf873
-def state_bytes(model: Model) -> int: # model: that makes states
+def state_bytes(model: Model, precision: str = "float32") -> int: # model: that makes states; precision: as for `State.astype`
     """Bytes of a state; of the smallest one, with attention among the blocks.
 
     Args:
         model: that makes states
+        precision: as for `State.astype`
     """
-    probe = State(model)
+    probe = State(model).astype(precision)
     probe.forward(mx.zeros((1, 1), mx.int32)) # nothing is computed
     return probe.nbytes
 
@@ -130,15 +131,18 @@ class Store:
         folder: of files; None: memory alone
         max_bytes: in memory
         max_file_bytes: in files
+        precision: of states in memory and in files: float32, bfloat16 or int8
     """
     def __init__(self,
         model: Model, # that made them
         folder: str | Path | None = None, # of files; None: memory alone
         max_bytes: int = 2 << 30, # in memory
         max_file_bytes: int = 16 << 30, # in files
+        precision: str = "float32", # of states in memory and in files: float32, bfloat16 or int8
     ):
+        if model: State(model).astype(precision) # raises for another one
         self.files = StateFiles(model, folder) if folder else None
-        self.max_bytes, self.max_file_bytes = max_bytes, max_file_bytes
+        self.max_bytes, self.max_file_bytes, self.precision = max_bytes, max_file_bytes, precision
         self.states: dict[str, State] = {} # in memory, the least recently used first
         self.nbytes = 0 # of them
         self._unwritten: dict[str, State] = {}
@@ -173,27 +177,27 @@ class Store:
             write: also into a file, at the next `flush`
         """
         self._release(key)
-        self._hold(key, state.fork())
+        self._hold(key, state.astype(self.precision))
         if write and self.files: self._unwritten[key] = self.states[key]
         self.shrink()
 
-    def get(self, key: str) -> State | None: # key: as for `put`; returns a fork, or None: there is none, or it is damaged
+    def get(self, key: str) -> State | None: # key: as for `put`; returns a fork in float32, or None: there is none, or it is damaged
         """A state, from now on the most recently used.
 
         Args:
             key: as for `put`
 
         Returns:
-            a fork, or None: there is none, or it is damaged
+            a fork in float32, or None: there is none, or it is damaged
         """
         state, on_disk = self._release(key), self.has_file(key)
         try: state = self.files.load(key) if state is None and on_disk else state
         except StateError as e: return self._damaged(key, e)
         if state is None: return None
         if on_disk: self.files.use(key)
-        self._hold(key, state)
+        self._hold(key, held := state.astype(self.precision))
         self.shrink()
-        return state.fork()
+        return held.astype("float32")
 
     def _hold(self, key: str, state: State):
         self.states[key] = state
@@ -329,6 +333,7 @@ class Checkpoints:
         max_bytes: in memory
         max_file_bytes: in files
         every: tokens between checkpoints, in a text that is not long
+        precision: of checkpoints: float32, bfloat16 or int8
     """
     def __init__(self,
         model: Model, # that reads
@@ -336,9 +341,10 @@ class Checkpoints:
         max_bytes: int = 2 << 30, # in memory
         max_file_bytes: int = 16 << 30, # in files
         every: int = 512, # tokens between checkpoints, in a text that is not long
+        precision: str = "float32", # of checkpoints: float32, bfloat16 or int8
     ):
         self.model, self.every, self.notes = model, every, fingerprint(model)
-        self.store = Store(model, folder, max_bytes, max_file_bytes)
+        self.store = Store(model, folder, max_bytes, max_file_bytes, precision)
         self._recent: deque = deque(maxlen=64) # (origin, ids) of prompts
 
     def __repr__(self):

@@ -355,7 +355,7 @@ def can_compile(
     """
     first = cache[0]
     return not (first.left_padding is not None or first.lengths is not None or any(slot.empty() for slot in cache)
-                or model.backbone.observer or any(b.grows for b in model.layers) or first.is_trimmable())
+                or model.backbone.observer or any(b.grows for b in model.layers) or first.is_trimmable() or hasattr(first, "precision"))
 
 def next_logits(
     model: nn.Module, # a language model

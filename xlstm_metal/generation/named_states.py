@@ -135,6 +135,7 @@ class StateFolder:
                 with _by_name(self.path(name)): state = State.load(self.path(name), self.model)
                 if self.info(name).id != info.id: continue # somebody has replaced it
                 self.store.put(info.id, state, write=False)
+                state = self.store.get(info.id) or state # in its precision, as the next time
             try: os.utime(self.path(name))
             except OSError: pass # of another user, or gone
             return Origin(info.id, info.tokens), state
@@ -166,6 +167,7 @@ class NamedStates(StateFolder):
         store: as for `StateFolder`
         max_states: in the folder
         max_bytes: of all files
+        precision: of new files: float32, bfloat16 or int8
     """
     def __init__(self,
         model: Model | None, # as for `StateFolder`
@@ -173,10 +175,11 @@ class NamedStates(StateFolder):
         store: Store | None = None, # as for `StateFolder`
         max_states: int = 1000, # in the folder
         max_bytes: int = 64 << 30, # of all files
+        precision: str = "float32", # of new files: float32, bfloat16 or int8
     ):
+        least = state_bytes(model, precision) + 4 * model.args.vocab_size if model else 0 # bytes of any file
         super().__init__(model, folder, store)
-        self.max_states, self.max_bytes = max_states, max_bytes
-        self.least = state_bytes(model) + 4 * model.args.vocab_size if model else 0 # bytes of any file
+        self.max_states, self.max_bytes, self.precision, self.least = max_states, max_bytes, precision, least
         self._reserved, self._lock = {}, Lock()
 
     @contextmanager
@@ -214,6 +217,7 @@ class NamedStates(StateFolder):
             name: that `writing` has reserved
             state: that stays as it is
         """
+        state = state.astype(self.precision)
         self._reserve(name, state.nbytes + 4 * self.model.args.vocab_size) # with attention it has grown
         with _by_name(self.path(name)): state.save(self.path(name))
         return self.info(name)

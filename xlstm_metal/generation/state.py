@@ -14,7 +14,9 @@ import mlx.core as mx
 import numpy as np
 from ..metal import only_forward
 from ..wiring.cache import align
+from ..wiring.precision import check_precision, LowPrecisionCache, restored
 from ..wiring.run import early_blocks
+from ..wiring.wiring import WiringError
 from ..model.tokenizer import encode_pieces
 from ..model.model import Model
 from .compiled_step import next_logits
@@ -42,8 +44,11 @@ class State:
         "without attention, the same after one token and after a million"
         return sum(slot.nbytes for slot in self.cache)
 
+    @property
+    def precision(self) -> str: return getattr(self.cache[0], "precision", "float32") # of what is large in it
+
     def __repr__(self):
-        return f"State({f'{self.rows} rows, ' * (self.rows > 1)}{self.tokens:,} tokens, {self.nbytes:,} bytes)"
+        return f"State({f'{self.rows} rows, ' * (self.rows > 1)}{self.tokens:,} tokens, {self.nbytes:,} bytes{f' in {self.precision}' * (self.precision != 'float32')})"
 
     def fork(self) -> "State":
         "A copy that goes its own way. It costs next to nothing: the two share their arrays until one goes on."
@@ -52,6 +57,25 @@ class State:
         for slot in other.cache:
             for name, x in vars(slot).items(): # lists and handles, no numbers
                 setattr(slot, name, [copy(a) for a in x] if isinstance(x, list) else copy(x))
+        return other
+
+    def astype(self,
+        precision: str, # float32, bfloat16 or int8
+        feedback: bool = False, # with int8: keep rounding errors in 4 bits; for a state that reads on in it
+    ) -> "State":
+        """A copy in another precision. Raises `StateError`.
+
+        Args:
+            precision: float32, bfloat16 or int8
+            feedback: with int8: keep rounding errors in 4 bits; for a state that reads on in it
+        """
+        try: check_precision(precision)
+        except WiringError as e: raise StateError(str(e)) from e
+        other, make = self.fork(), {"precision": precision, "feedback": feedback}
+        other.cache = self.model.make_cache(**make)
+        for old, new in zip(self.cache, other.cache):
+            if not old.empty(): setattr(new, "arrays" if hasattr(new, "arrays") else "cache", (old.plain() if hasattr(old, "plain") else old).cache)
+        if precision != self.precision: mx.async_eval([slot.state for slot in other.cache]) # or both would be kept
         return other
 
     def move(self, other: "State"): # of the same model
@@ -169,22 +193,34 @@ class State:
         """
         if self.model is not model and fingerprint(self.model) != fingerprint(model): raise StateError("this is the state of another model")
 
-    def arrays(self) -> dict[str, mx.array]: # "block.array" -> array
+    def arrays(self) -> dict[str, mx.array]: # "block.array" -> array, as it is held; with "block.array.scale" and "block.array.error" where that takes them
         """
         Returns:
-            "block.array" -> array
+            "block.array" -> array, as it is held; with "block.array.scale" and "block.array.error" where that takes them
         """
-        blocks = {f"{b}.{j}": a for b, slot in enumerate(self.cache) for j, a in enumerate(slot.cache)}
+        blocks = {f"{b}.{name}": a for b, slot in enumerate(self.cache) for name, a in zip(getattr(slot, "names", range(len(slot.cache))), slot.cache)}
         return blocks if self.logits is None else blocks | {"logits": self.logits}
 
-    def save(self, path: str | Path): # of a file
+    def notes(self) -> dict[str, str]: # for the header of a file
+        """
+        Returns:
+            for the header of a file
+        """
+        return {"tokens": json.dumps(self.counts)} | ({} if self.precision == "float32" else {"precision": self.precision})
+
+    def save(self,
+        path: str | Path, # of a file
+        precision: str | None = None, # of what is large: float32, bfloat16 or int8; None: as the state has it
+    ):
         """Write the state to a file, whole or not at all. Raises `StateError`.
 
         Args:
             path: of a file
+            precision: of what is large: float32, bfloat16 or int8; None: as the state has it
         """
-        if self.logits is None: raise StateError("cannot save an empty state")
-        write_arrays(path, self.arrays(), fingerprint(self.model) | {"tokens": json.dumps(self.counts)})
+        if self.cache[0].empty() or self.logits is None and self.tokens: raise StateError("cannot save an empty state")
+        state = self.astype(precision) if precision else self
+        write_arrays(path, state.arrays(), fingerprint(self.model) | state.notes())
 
     @classmethod
     def load(cls,
@@ -192,7 +228,7 @@ class State:
         model: Model, # that made it
         checkpoint: bool = False, # a state without logits will do: it must read a token before it is asked for the next
     ) -> "State":
-        """A state from a file. Raises `StateError` for anything but a whole state of this model.
+        """A state from a file, in float32 whatever the file holds. Raises `StateError` for anything but a whole state of this model.
 
         Args:
             path: of a file
@@ -204,7 +240,7 @@ class State:
             if notes.get(what) != own: raise StateError(f"{path} is the state of another model: its {what} do not match")
         state = cls(model)
         state.counts = json.loads(notes["tokens"])
-        _check_layout(path, state, arrays, checkpoint)
+        arrays = _check_layout(path, state, arrays, notes.get("precision"), checkpoint)
         for b, slot in enumerate(state.cache): slot.cache = [arrays[f"{b}.{j}"] for j in range(len(slot.cache))]
         state.logits = arrays.get("logits")
         return state
@@ -360,6 +396,8 @@ def batch(
     """
     if not states: raise StateError("cannot batch an empty list of states")
     if any(s.model is not states[0].model for s in states): raise StateError("cannot batch states of different models")
+    if any([getattr(slot, "names", None) for slot in s.cache] != [getattr(slot, "names", None) for slot in states[0].cache] for s in states):
+        raise StateError("cannot batch states of different precision: see State.astype")
     if any(s.logits is None for s in states): raise StateError("cannot batch an empty state")
     whole = states[0].fork()
     for slot, *slots in zip(whole.cache, *(s.cache for s in states)):
@@ -384,15 +422,25 @@ def unbatch(state: State) -> list[State]: # state: of any number of rows
     return [row(r) for r in range(state.rows)]
 
 # %% ../../nbs/generation/51_state.ipynb #d321c668
-def _check_layout(path, state: State, arrays: dict[str, mx.array], checkpoint: bool = False):
+def _check_layout(path, state: State, arrays: dict[str, mx.array], precision: str | None = None, checkpoint: bool = False) -> dict[str, mx.array]: # in full precision
     "Refuse arrays that the model of an empty state does not make."
     probe = State(state.model)
     probe.counts = state.counts
     probe.forward(mx.zeros((state.rows, 1), mx.int32))
     grows = {b for b, n in enumerate(state.model.wiring.neurons) if state.model.layers[n.weights].grows} # with the text
     def layout(n, a): return f"of {a.ndim} axes" if n.split(".")[0] in map(str, grows) else a.shape
-    have, want = ({n: layout(n, a) for n, a in x.items()} for x in (arrays, probe.arrays()))
-    if checkpoint: have.setdefault("logits", want["logits"])
+    made = probe.arrays()
+    if precision: arrays = _restored(path, arrays, precision, made)
+    have, want = ({n: layout(n, a) for n, a in x.items()} for x in (arrays, made))
+    if checkpoint or not state.tokens: have.setdefault("logits", want["logits"])
     for n in sorted(have.keys() | want.keys()):
         if have.get(n) != want.get(n):
             raise StateError(f"{path} has another layout: array {n} is {have.get(n)} there and {want.get(n)} in this model")
+    return arrays
+
+def _restored(path, arrays, precision, made): # made: what the model makes; of the same types
+    try:
+        check_precision(precision)
+        found = restored(arrays)
+    except WiringError as e: raise StateError(f"{path} cannot be read: {e}") from e
+    return {n: a.astype(made[n].dtype) if n in made else a for n, a in found.items()}

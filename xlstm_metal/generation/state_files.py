@@ -31,23 +31,23 @@ def _checksum(arrays: dict[str, mx.array], notes: dict[str, str]) -> str: # 64 h
     return total.hexdigest()
 
 # %% ../../nbs/generation/50_state_files.ipynb #f95e31dd
-_format, _version = "xlstm-metal state", "2"
+_format, _versions = "xlstm-metal state", ("2", "3") # 3: some arrays have fewer bits, which readers of version 2 would take for numbers
 
 def write_arrays(
     path: str | Path, # of a file; a state file there is replaced
     arrays: dict[str, mx.array], # name -> array
-    notes: dict[str, str], # for the header
+    notes: dict[str, str], # for the header; "precision", if some arrays are held in fewer bits
 ):
     """Write a state file whole or not at all. Raises `StateError`; an existing file is untouched then.
 
     Args:
         path: of a file; a state file there is replaced
         arrays: name -> array
-        notes: for the header
+        notes: for the header; "precision", if some arrays are held in fewer bits
     """
     check_path(path)
     path = _resolve(path) # through links: those stay
-    notes = notes | dict(format=_format, version=_version)
+    notes = notes | dict(format=_format, version=_versions["precision" in notes])
     notes["checksum"] = _checksum(arrays, notes)
     new = path.with_name(f".{uuid.uuid4().hex}.safetensors")
     try:
@@ -98,8 +98,8 @@ def read_notes(path: str | Path) -> dict[str, str]: # path: of a state file; ret
         with safe_open(path, framework="np") as f: notes = f.metadata() or {}
     except SafetensorError as e: raise _CorruptState(f"{path} is cut short or corrupt ({e})") from e
     if notes.get("format") != _format: raise _NotAState(f"{path} is not a state file")
-    if (v := notes.get("version")) != _version:
-        raise StateError(f"{path} has version {v} of the format; this package reads version {_version}")
+    if (v := notes.get("version")) not in _versions:
+        raise StateError(f"{path} has version {v} of the format; this package reads versions {' and '.join(_versions)}")
     return notes
 
 # %% ../../nbs/generation/50_state_files.ipynb #841a9723

@@ -132,13 +132,13 @@ class Model(nn.Module):
     def wiring(self, wiring: Executable): self.backbone.wiring = wiring
     @property
     def layers(self) -> list: return self.backbone.blocks
-    def make_cache(self, replay: int = 0) -> list: # replay: tokens that can be taken back later, as for `BlockStack`
+    def make_cache(self, replay: int = 0, precision: str = "float32", feedback: bool = True) -> list: # replay, precision, feedback: as for `BlockStack`
         """An empty cache.
 
         Args:
-            replay: tokens that can be taken back later, as for `BlockStack`
+            replay, precision, feedback: as for `BlockStack`
         """
-        return self.backbone.make_cache(replay)
+        return self.backbone.make_cache(replay, precision, feedback)
     @property
     def prefill_name(self) -> str: return f"prefill {self.args.hidden_size}x{len(self.layers)}" # what `tuned.choice` calls the next line
     @property

@@ -255,7 +255,7 @@ def run_wiring(
     if len(inputs) != plan.input_dim: raise WiringError(f"the wiring has {plan.input_dim} inputs, but is given {len(inputs)}")
     S, cache = inputs[0].shape[1], cache or [None] * len(plan.weights)
     if mask is None and cache[0] is not None: mask = cache[0].make_mask(S)
-    kept = [None if slot is None or slot.empty() else tuple(slot.arrays if length else slot.cache) for slot in cache]
+    kept = [None if slot is None or slot.empty() else tuple(getattr(slot, "arrays", slot.cache)) for slot in cache]
     zeros = mx.zeros_like(inputs[0][:, :1])
     nothing = mx.repeat(zeros, 1 + length, axis=1) if length else zeros
     before = {i: kept[i][-1] if kept[i] else nothing for i in plan.delayed}
@@ -267,7 +267,7 @@ def run_wiring(
         if slot is None: continue
         last = [latest(before[i], run.outputs[i], mask) if length else shift_by_one(run.outputs[i], previous[i], mask)[1] for i in previous if i == j]
         if length: slot.keep([*states[j], *last], inputs[0].shape[:2], mask)
-        else: slot.cache = [*states[j], *last] or [zeros[..., 0]]
+        else: setattr(slot, "arrays" if hasattr(slot, "arrays") else "cache", [*states[j], *last] or [zeros[..., 0]])
         slot.advance(S)
     if observer is not None: observer.end()
     return run._combine("out", plan.outputs, [run.outputs[j] for j, _, _ in plan.outputs])
@@ -339,19 +339,30 @@ class BlockStack(nn.Module):
 
     def make_cache(self,
         replay: int = 0, # tokens that can be taken back later, by the `trim` of each slot; they cost memory
-    ) -> list: # one `ArraysCache` per neuron, or `ReplayCache`
+        precision: str = "float32", # of what is large in a state; bfloat16 or int8
+        feedback: bool = True, # with int8: keep the error of each rounding in 4 bits, and add it the next time
+    ) -> list: # one `ArraysCache` per neuron, `ReplayCache` or `LowPrecisionCache`
         """An empty cache.
 
         Args:
             replay: tokens that can be taken back later, by the `trim` of each slot; they cost memory
+            precision: of what is large in a state; bfloat16 or int8
+            feedback: with int8: keep the error of each rounding in 4 bits, and add it the next time
 
         Returns:
-            one `ArraysCache` per neuron, or `ReplayCache`
+            one `ArraysCache` per neuron, `ReplayCache` or `LowPrecisionCache`
         """
         from xlstm_metal.wiring.cache import ArraysCache, ReplayCache # imports mlx-lm, which takes a second
+        if precision != "float32": return self._low_precision_cache(replay, precision, feedback)
         if replay: return [ReplayCache.of(Replay(self.blocks[w], replay), j in self._plan.delayed) for j, w in enumerate(self._plan.weights)]
         sizes = [self.blocks[w].state_size + (j in self._plan.delayed) for j, w in enumerate(self._plan.weights)]
         return [ArraysCache(max(1, n)) for n in sizes] # a slot cannot be empty
+
+    def _low_precision_cache(self, replay, precision, feedback):
+        from xlstm_metal.wiring.precision import LowPrecisionCache, check_precision
+        check_precision(precision)
+        if replay: raise WiringError(f"tokens cannot be taken back from a cache in {precision}: leave replay or precision out")
+        return [LowPrecisionCache.of(self.blocks[w], precision, feedback, j in self._plan.delayed) for j, w in enumerate(self._plan.weights)]
 
 # %% ../../nbs/wiring/31_run.ipynb #12a672fb
 def blocks_of(wiring: Executable) -> list[Neuron]: # wiring: of any class; returns a neuron for each set of weights, in order
