@@ -89,7 +89,7 @@ def tokens(
         if processors: seen = mx.concatenate([seen, token.astype(mx.int32)])
         mx.async_eval(token, logprobs)
         ahead, _ = state.ahead(token[:, None])
-        mx.async_eval(ahead.logits, [slot.state for slot in ahead.cache])
+        mx.async_eval(ahead.pending)
         chosen = token.item()
         state.move(ahead)
         yield chosen, logprobs[0]
