@@ -109,7 +109,7 @@ class State:
         if len(lost) != self.rows: raise StateError(f"cannot take back tokens of {len(lost)} rows: there are {self.rows}")
         if self.rows > 1 and 0 in (counts := [c - k for c, k in zip(self.counts, lost)]): raise StateError(f"cannot take back all tokens of row {counts.index(0)} of several")
         try:
-            for slot in back.cache: slot.trim(lost)
+            for slot in back.cache: slot.trim(n)
         except CacheError as e: raise StateError(str(e)) from e
         if lost == self.counts: back = State(self.model, self.replay) # of one row, from the beginning
         elif any(lost):
