@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['DraftError', 'Drafter', 'LookUp', 'DraftModel', 'check_vocabulary', 'drafter_for', 'Choice', 'judge', 'Pass',
-           'compare_forms', 'speculate']
+           'compare_forms', 'speculate', 'compare_speed']
 
-# %% ../../nbs/generation/59_speculative.ipynb #d8fc6c08
+# %% ../../nbs/generation/59_speculative.ipynb #8034ede4
+import time
 from copy import copy
 from functools import cache
+from itertools import islice
 from pathlib import Path
 import mlx.core as mx
 from ..files import CheckpointError
@@ -17,7 +19,7 @@ from ..model.model import Model
 from .compiled_step import run_compiled
 from .state import State, with_replay
 
-# %% ../../nbs/generation/59_speculative.ipynb #6fb5185d
+# %% ../../nbs/generation/59_speculative.ipynb #e7e2fab4
 class DraftError(CheckpointError):
     "Drafts cannot be made as asked; the message is one sentence that names the culprit."
 
@@ -60,7 +62,7 @@ class Drafter:
         """
         raise NotImplementedError
 
-# %% ../../nbs/generation/59_speculative.ipynb #4cfac737
+# %% ../../nbs/generation/59_speculative.ipynb #3d40b45c
 class LookUp(Drafter):
     """Drafts what followed the same tokens before.
 
@@ -114,7 +116,7 @@ class LookUp(Drafter):
         for p in range(at, at + self.most): new.append(self.ids[p] if p < end else new[p - end])
         return new[1:], None
 
-# %% ../../nbs/generation/59_speculative.ipynb #253fcb37
+# %% ../../nbs/generation/59_speculative.ipynb #3179effa
 class DraftModel(Drafter):
     """A small model that writes ahead.
 
@@ -170,7 +172,7 @@ class DraftModel(Drafter):
         self.ahead = list(zip([first, *new], states)) # the last token is read when it has come out
         return new, q
 
-# %% ../../nbs/generation/59_speculative.ipynb #7ec3300b
+# %% ../../nbs/generation/59_speculative.ipynb #32290cdb
 def check_vocabulary(draft, model): # draft, model: configurations
     """Refuse a draft model whose ids are others. Raises `DraftError`.
 
@@ -203,7 +205,7 @@ def drafter_for(
     if tokenizer and theirs and tokenizer.get_vocab() != theirs.get_vocab(): raise DraftError("the draft model has another vocabulary than the model: the same ids are other texts")
     return drafter
 
-# %% ../../nbs/generation/59_speculative.ipynb #f1bd2273
+# %% ../../nbs/generation/59_speculative.ipynb #f1683fbd
 class Choice:
     """How tokens are drawn from logits.
 
@@ -278,7 +280,7 @@ class Choice:
         """
         self.seen = [*self.seen[-19:], token]
 
-# %% ../../nbs/generation/59_speculative.ipynb #cfae3073
+# %% ../../nbs/generation/59_speculative.ipynb #37dcbaef
 def judge(
     choose: Choice, # how tokens are drawn
     logprobs: mx.array, # (k + 1, V): before each token of the draft, and behind it
@@ -309,7 +311,7 @@ def judge(
     mx.eval(right, instead, gaps)
     return next((j for j, ok in enumerate(right.tolist()) if not ok), k), instead.tolist(), gaps.tolist()
 
-# %% ../../nbs/generation/59_speculative.ipynb #1a28bb80
+# %% ../../nbs/generation/59_speculative.ipynb #3898e4aa
 def _with_arrays(cache: list, arrays: list) -> list:
     for slot, a in zip(cache, arrays): slot.cache = a
     return cache
@@ -356,7 +358,7 @@ class Pass:
         ahead.advance(self.logits[:, n - 1], n)
         return ahead
 
-# %% ../../nbs/generation/59_speculative.ipynb #a3e02882
+# %% ../../nbs/generation/59_speculative.ipynb #e3087d3a
 def compare_forms(
     model: Model, # that reads
     ids: list[int], # a text
@@ -389,7 +391,7 @@ def compare_forms(
         states = single, passed
     return dict(off=off, other=other, gaps=np.array(gaps))
 
-# %% ../../nbs/generation/59_speculative.ipynb #d1754dc3
+# %% ../../nbs/generation/59_speculative.ipynb #c6efcfe0
 def _margin(drafter: Drafter, model: Model) -> float:
     if drafter.margin is not None: return drafter.margin
     return 2e-4 if model.embeddings(mx.zeros((1, 1), mx.int32)).dtype == mx.float32 else 0.
@@ -444,3 +446,39 @@ def speculate(
             drafter.accepted += j > 0
             yield t, chances[j], j > 0
         token = instead[n] if drafted and not close else None
+
+# %% ../../nbs/generation/59_speculative.ipynb #998bd594
+def compare_speed(
+    model: Model, # that writes
+    prompts: list[list[int]], # ids
+    drafters: dict, # name -> function that makes a `Drafter`
+    sampling, # as for `tokens`
+    plain, # the function `tokens`
+) -> dict: # name -> speed as a multiple of plain steps', share of drafted tokens that are accepted, tokens that come out of a pass
+    """Plain and drafted, in turn, prompt by prompt, in one run.
+
+    Args:
+        model: that writes
+        prompts: ids
+        drafters: name -> function that makes a `Drafter`
+        sampling: as for `tokens`
+        plain: the function `tokens`
+
+    Returns:
+        name -> speed as a multiple of plain steps', share of drafted tokens that are accepted, tokens that come out of a pass
+    """
+    took, counts = dict.fromkeys(["plain", *drafters], 0.), {}
+    for ids in prompts:
+        start = State(model).read(ids)
+        for name in took:
+            drafter = drafters[name]() if name in drafters else None
+            if drafter: drafter.read(list(ids))
+            if isinstance(drafter, DraftModel): drafter.draft(ids[0], Choice(sampling)) # reads the prompt
+            state, begun = start.fork(), time.perf_counter()
+            source = speculate(state, sampling, drafter) if drafter else plain(state, sampling, ids)
+            for _ in islice(source, sampling.max_tokens): pass
+            mx.eval(state.pending)
+            took[name] += time.perf_counter() - begun
+            if drafter: counts[name] = [a + b for a, b in zip(counts.get(name, (0, 0)), (drafter.accepted, drafter.proposed))]
+    n = len(prompts) * sampling.max_tokens
+    return {name: (took["plain"] / took[name], a / max(p, 1), n / (n - a)) for name, (a, p) in counts.items()}
