@@ -6,20 +6,21 @@
 __all__ = ['DraftError', 'Drafter', 'LookUp', 'DraftModel', 'check_vocabulary', 'drafter_for', 'Choice', 'judge', 'Pass',
            'compare_forms', 'speculate', 'compare_speed']
 
-# %% ../../nbs/generation/59_speculative.ipynb #8034ede4
+# %% ../../nbs/generation/59_speculative.ipynb #79367da2
 import time
 from copy import copy
 from functools import cache
 from itertools import islice
 from pathlib import Path
 import mlx.core as mx
+import numpy as np
 from ..files import CheckpointError
 from ..metal import only_forward
 from ..model.model import Model
 from .compiled_step import run_compiled
 from .state import State, with_replay
 
-# %% ../../nbs/generation/59_speculative.ipynb #e7e2fab4
+# %% ../../nbs/generation/59_speculative.ipynb #546ef91f
 class DraftError(CheckpointError):
     "Drafts cannot be made as asked; the message is one sentence that names the culprit."
 
@@ -62,7 +63,7 @@ class Drafter:
         """
         raise NotImplementedError
 
-# %% ../../nbs/generation/59_speculative.ipynb #3d40b45c
+# %% ../../nbs/generation/59_speculative.ipynb #69366b7f
 class LookUp(Drafter):
     """Drafts what followed the same tokens before.
 
@@ -116,7 +117,7 @@ class LookUp(Drafter):
         for p in range(at, at + self.most): new.append(self.ids[p] if p < end else new[p - end])
         return new[1:], None
 
-# %% ../../nbs/generation/59_speculative.ipynb #3179effa
+# %% ../../nbs/generation/59_speculative.ipynb #963c1d85
 class DraftModel(Drafter):
     """A small model that writes ahead.
 
@@ -172,7 +173,7 @@ class DraftModel(Drafter):
         self.ahead = list(zip([first, *new], states)) # the last token is read when it has come out
         return new, q
 
-# %% ../../nbs/generation/59_speculative.ipynb #32290cdb
+# %% ../../nbs/generation/59_speculative.ipynb #799108cb
 def check_vocabulary(draft, model): # draft, model: configurations
     """Refuse a draft model whose ids are others. Raises `DraftError`.
 
@@ -205,7 +206,7 @@ def drafter_for(
     if tokenizer and theirs and tokenizer.get_vocab() != theirs.get_vocab(): raise DraftError("the draft model has another vocabulary than the model: the same ids are other texts")
     return drafter
 
-# %% ../../nbs/generation/59_speculative.ipynb #f1683fbd
+# %% ../../nbs/generation/59_speculative.ipynb #21c7ac7f
 class Choice:
     """How tokens are drawn from logits.
 
@@ -280,7 +281,7 @@ class Choice:
         """
         self.seen = [*self.seen[-19:], token]
 
-# %% ../../nbs/generation/59_speculative.ipynb #37dcbaef
+# %% ../../nbs/generation/59_speculative.ipynb #faac6198
 def judge(
     choose: Choice, # how tokens are drawn
     logprobs: mx.array, # (k + 1, V): before each token of the draft, and behind it
@@ -311,7 +312,7 @@ def judge(
     mx.eval(right, instead, gaps)
     return next((j for j, ok in enumerate(right.tolist()) if not ok), k), instead.tolist(), gaps.tolist()
 
-# %% ../../nbs/generation/59_speculative.ipynb #3898e4aa
+# %% ../../nbs/generation/59_speculative.ipynb #c1c72ec0
 def _with_arrays(cache: list, arrays: list) -> list:
     for slot, a in zip(cache, arrays): slot.cache = a
     return cache
@@ -358,7 +359,7 @@ class Pass:
         ahead.advance(self.logits[:, n - 1], n)
         return ahead
 
-# %% ../../nbs/generation/59_speculative.ipynb #e3087d3a
+# %% ../../nbs/generation/59_speculative.ipynb #0e0f749a
 def compare_forms(
     model: Model, # that reads
     ids: list[int], # a text
@@ -391,7 +392,7 @@ def compare_forms(
         states = single, passed
     return dict(off=off, other=other, gaps=np.array(gaps))
 
-# %% ../../nbs/generation/59_speculative.ipynb #c6efcfe0
+# %% ../../nbs/generation/59_speculative.ipynb #e1b75cfb
 def _margin(drafter: Drafter, model: Model) -> float:
     if drafter.margin is not None: return drafter.margin
     return 2e-4 if model.embeddings(mx.zeros((1, 1), mx.int32)).dtype == mx.float32 else 0.
@@ -422,11 +423,13 @@ def speculate(
     if state.replay: raise DraftError("drafts are for ordinary states, and this one was made with replay")
     choose, margin, token = Choice(sampling, ids), 0. if sampling.temperature else _margin(drafter, state.model), None
     plain, since = state.fork() if margin else None, [] # the last place that plain steps have made, and what was read after it
+    wait = pause = 0 # tokens without drafts, since those before were wrong
     drafter.read(list(ids))
     while True:
         chances, n, close = choose.logprobs(state.logits), 0, False # n: tokens of the draft that come out; close: the next one is not sure
         if token is None: token = choose.draw(chances).item()
-        drafted, q = drafter.draft(token, choose)
+        drafted, q = ([], None) if wait else drafter.draft(token, choose)
+        wait = max(0, wait - 1)
         if drafted:
             together = Pass(state, [token, *drafted])
             behind = choose.logprobs(together.logits[0], together.ids)
@@ -434,6 +437,7 @@ def speculate(
             near = [j for j, gap in enumerate(gaps[:n + 1]) if gap < margin]
             n, close, chances = near[0] if near else n, bool(near), mx.concatenate([chances, behind])
             drafter.proposed += len(drafted)
+            wait = pause = 0 if n else min(2 * pause + 1, 15)
         for j, t in enumerate([token, *drafted[:n]]):
             if margin: since.append(t)
             if drafted and not (close and j == n): after = together.after(j + 1)
@@ -447,7 +451,7 @@ def speculate(
             yield t, chances[j], j > 0
         token = instead[n] if drafted and not close else None
 
-# %% ../../nbs/generation/59_speculative.ipynb #998bd594
+# %% ../../nbs/generation/59_speculative.ipynb #d5d190f0
 def compare_speed(
     model: Model, # that writes
     prompts: list[list[int]], # ids
