@@ -6,7 +6,7 @@
 __all__ = ['DraftError', 'Drafter', 'LookUp', 'DraftModel', 'check_vocabulary', 'drafter_for', 'Choice', 'judge', 'Pass',
            'compare_forms', 'speculate', 'compare_speed']
 
-# %% ../../nbs/generation/59_speculative.ipynb #79367da2
+# %% ../../nbs/generation/59_speculative.ipynb #4efc50c8
 import time
 from copy import copy
 from functools import cache
@@ -20,7 +20,7 @@ from ..model.model import Model
 from .compiled_step import run_compiled
 from .state import State, with_replay
 
-# %% ../../nbs/generation/59_speculative.ipynb #546ef91f
+# %% ../../nbs/generation/59_speculative.ipynb #d8068bc7
 class DraftError(CheckpointError):
     "Drafts cannot be made as asked; the message is one sentence that names the culprit."
 
@@ -63,7 +63,7 @@ class Drafter:
         """
         raise NotImplementedError
 
-# %% ../../nbs/generation/59_speculative.ipynb #69366b7f
+# %% ../../nbs/generation/59_speculative.ipynb #1051a5e3
 class LookUp(Drafter):
     """Drafts what followed the same tokens before.
 
@@ -117,7 +117,7 @@ class LookUp(Drafter):
         for p in range(at, at + self.most): new.append(self.ids[p] if p < end else new[p - end])
         return new[1:], None
 
-# %% ../../nbs/generation/59_speculative.ipynb #963c1d85
+# %% ../../nbs/generation/59_speculative.ipynb #86022669
 class DraftModel(Drafter):
     """A small model that writes ahead.
 
@@ -173,7 +173,7 @@ class DraftModel(Drafter):
         self.ahead = list(zip([first, *new], states)) # the last token is read when it has come out
         return new, q
 
-# %% ../../nbs/generation/59_speculative.ipynb #799108cb
+# %% ../../nbs/generation/59_speculative.ipynb #8897f938
 def check_vocabulary(draft, model): # draft, model: configurations
     """Refuse a draft model whose ids are others. Raises `DraftError`.
 
@@ -206,7 +206,7 @@ def drafter_for(
     if tokenizer and theirs and tokenizer.get_vocab() != theirs.get_vocab(): raise DraftError("the draft model has another vocabulary than the model: the same ids are other texts")
     return drafter
 
-# %% ../../nbs/generation/59_speculative.ipynb #21c7ac7f
+# %% ../../nbs/generation/59_speculative.ipynb #d03c353d
 class Choice:
     """How tokens are drawn from logits.
 
@@ -281,7 +281,7 @@ class Choice:
         """
         self.seen = [*self.seen[-19:], token]
 
-# %% ../../nbs/generation/59_speculative.ipynb #faac6198
+# %% ../../nbs/generation/59_speculative.ipynb #e8d4bc11
 def judge(
     choose: Choice, # how tokens are drawn
     logprobs: mx.array, # (k + 1, V): before each token of the draft, and behind it
@@ -312,7 +312,7 @@ def judge(
     mx.eval(right, instead, gaps)
     return next((j for j, ok in enumerate(right.tolist()) if not ok), k), instead.tolist(), gaps.tolist()
 
-# %% ../../nbs/generation/59_speculative.ipynb #c1c72ec0
+# %% ../../nbs/generation/59_speculative.ipynb #d8894ead
 def _with_arrays(cache: list, arrays: list) -> list:
     for slot, a in zip(cache, arrays): slot.cache = a
     return cache
@@ -359,7 +359,7 @@ class Pass:
         ahead.advance(self.logits[:, n - 1], n)
         return ahead
 
-# %% ../../nbs/generation/59_speculative.ipynb #0e0f749a
+# %% ../../nbs/generation/59_speculative.ipynb #ef854539
 def compare_forms(
     model: Model, # that reads
     ids: list[int], # a text
@@ -392,7 +392,7 @@ def compare_forms(
         states = single, passed
     return dict(off=off, other=other, gaps=np.array(gaps))
 
-# %% ../../nbs/generation/59_speculative.ipynb #e1b75cfb
+# %% ../../nbs/generation/59_speculative.ipynb #b3730f22
 def _margin(drafter: Drafter, model: Model) -> float:
     if drafter.margin is not None: return drafter.margin
     return 2e-4 if model.embeddings(mx.zeros((1, 1), mx.int32)).dtype == mx.float32 else 0.
@@ -451,7 +451,7 @@ def speculate(
             yield t, chances[j], j > 0
         token = instead[n] if drafted and not close else None
 
-# %% ../../nbs/generation/59_speculative.ipynb #d5d190f0
+# %% ../../nbs/generation/59_speculative.ipynb #1204563f
 def compare_speed(
     model: Model, # that writes
     prompts: list[list[int]], # ids
