@@ -119,12 +119,12 @@ def test_identical_text_quantised(wiring):
 def test_identical_text_of_the_bundled_model(bundled, texts, part):
     model, tokenizer = bundled
     accepted = proposed = 0
-    for text in texts[part:160:4]:
+    for text in texts[part:80:4]:
         ids = encode(tokenizer, text[:60 + 7 * part], model.args)
         want = plain(model, ids, 16)
         assert written(model, ids, 16, drafter := LookUp(4, shortest=1)) == want
         accepted, proposed = accepted + drafter.accepted, proposed + drafter.proposed
-    assert 20 < accepted < proposed
+    assert 10 < accepted < proposed
 
 
 def test_sixteen_bits(bundled, texts):
@@ -306,7 +306,7 @@ HOWS = [dict(temperature=1.), dict(temperature=1.4, top_p=.95, top_k=4)]
 def test_sampling_keeps_the_distribution(who, how):
     model, ids = tiny(0), [1, 4, 2, 4, 4, 4, 4, 4] # what is likely stands there, so that drafts are accepted and refused
     drafter = LookUp(2, shortest=1) if who == "lookup" else DraftModel(tiny(1), 2)
-    assert chi_square(model, drafter, ids, 3, 1000, **how) < 5
+    assert chi_square(model, drafter, ids, 3, 700, **how) < 5
     assert .02 < drafter.accepted / drafter.proposed < .98
 
 
@@ -315,7 +315,7 @@ def test_sampling_keeps_the_distribution(who, how):
 def test_a_broken_rule_is_noticed(who, broken, monkeypatch):
     monkeypatch.setattr(speculative, "judge", broken)
     drafter = LookUp(2, shortest=1) if who == "lookup" else DraftModel(tiny(1), 2)
-    assert chi_square(tiny(0), drafter, [1, 4, 2, 4, 4, 4, 4, 4], 3, 1000, temperature=1.) > 7
+    assert chi_square(tiny(0), drafter, [1, 4, 2, 4, 4, 4, 4, 4], 3, 300 if broken is broken_accepts_all else 1000, temperature=1.) > 7
 
 
 def test_filters_are_those_of_the_sampler(monkeypatch):
