@@ -385,7 +385,7 @@ def test_drafts(kind, options, mlx, tmp_path, bundled):
 
 
 def test_unsupported_arguments(mlx):
-    assert "the server does not draft" in mlx("server", "--model", "model", "--draft-model", "model", status=2)
+    assert "the server drafts with --draft" in mlx("server", "--model", "model", "--draft-model", "model", status=2)
     assert "--quantize mixed" in mlx("convert", "--model", "model", "-q", "--quant-predicate", "mixed_4_6", status=2)
     assert "there is no folder ./nowhere" in mlx("perplexity", "--model", "./nowhere", status=2)
     assert "unknown command" in mlx("paint", status=2)

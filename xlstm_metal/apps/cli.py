@@ -71,6 +71,8 @@ def _add_sampling(add):
     add("--repetition-penalty", type=float, metavar="R", help="above 1: the last 20 tokens become less likely (default: none)")
     add("--seed", type=int, metavar="N", help="of the random numbers, 0 to 2**64 - 1 (default: another one each time)")
     add("--stop", action="append", metavar="TEXT", help="stop before this text; may be given several times")
+    add("--draft", metavar="MODEL", help="draft tokens, and check several in one pass: lookup, or folder or Hugging Face id of a small model of the same vocabulary (default: none)")
+    add("--draft-tokens", type=int, metavar="K", help="draft K tokens at a time (4)")
 
 # %% ../../nbs/apps/60_cli.ipynb #9610fc47
 def _add_generate(add):
@@ -168,6 +170,7 @@ def _add_bench(add):
     add("--prompts", type=_positive, nargs="+", default=[512, 2048], metavar="N", help="tokens to read (512 2048)")
     add("--batches", type=_positive, nargs="+", default=[1, 8], metavar="B", help="texts to write side by side (1 8)")
     add("--tokens", type=_positive, default=100, metavar="N", help="to write in each (%(default)s)")
+    add("--drafts", type=_positive, nargs="+", default=[], metavar="K", help="measure passes over K drafted tokens, of which none, half and all are accepted")
     add("--training", type=_positive, nargs=2, metavar=("ROWS", "TOKENS"), help="measure a training step, too")
     add("--lora", type=_positive, nargs="+", metavar=("ROWS", "TOKENS"), help="measure training steps of LoRA adapters, for one number of tokens or several")
     add("--recompute", action="store_true", help="run blocks again for the gradient in these steps: less memory, a third more time")
@@ -272,9 +275,9 @@ def _cmd_bench(args):
     _set_device(args.device)
     model = _model_or_sizes(args)
     if "nxai" in args.compare: nxai_sizes(model) # before minutes of work
-    how = dict(prompts=args.prompts, n=args.tokens, training=args.training)
+    how = dict(prompts=args.prompts, n=args.tokens, training=args.training) # of other programs, too
     name = " x ".join(map(str, args.sizes)) if args.sizes else args.model or "bundled model"
-    report = bench(model, name, batches=args.batches, adapters=[(args.lora[0], n) for n in args.lora[1:]] if args.lora else (), recompute=args.recompute, **how)
+    report = bench(model, name, batches=args.batches, adapters=[(args.lora[0], n) for n in args.lora[1:]] if args.lora else (), recompute=args.recompute, drafts=args.drafts, **how)
     for program in args.compare: report["rows"] += compare(program, model, args.model or bundled, report["dtype"].split(".")[-1], **how)
     print(report)
     if args.json: Path(args.json).write_text(json.dumps(report, indent=1))
@@ -398,6 +401,7 @@ def _cmd_generate(args):
         raise GenerationError("there is no prompt: give one with --prompt" if prompt is None else "the prompt is empty")
     if args.skip and not args.file: raise GenerationError("--skip needs --file: it skips tokens of that text")
     _check_inputs(prompt, args.file, args.load_state, args.save_state)
+    _check_draft(args)
     runner = _load_runner(args)
     with _saving_state(runner, args.save_state, args.state_precision):
         if args.file: runner.state.prefill(Path(args.file), runner.tokenizer, sys.stderr.isatty() or None, args.skip)
@@ -405,7 +409,7 @@ def _cmd_generate(args):
         print(prompt or "", end="", flush=True)
         _print_stream(runner.stream(prompt or "", **sampling), pieces := [])
         print(flush=True)
-        if pieces: print(_speed(pieces[-1]), file=sys.stderr)
+        if pieces: print(_speed(pieces[-1]) + _drafted(runner.drafter), file=sys.stderr)
         is_long = args.file or pieces and pieces[-1].prompt_tokens > 200
         if is_long and (hint := advice()): print(hint, file=sys.stderr)
 
@@ -430,7 +434,8 @@ def _load_runner(args):
     _set_device(args.device)
     if args.adapter_path and not (Path(args.adapter_path) / "adapter_config.json").is_file():
         raise GenerationError(f"{args.adapter_path} holds no adapters: there is no adapter_config.json")
-    runner = xLSTMRunner.from_pretrained(args.model, args.dtype, revision=args.revision, quantize=args.quantize)
+    how = dict(draft=getattr(args, "draft", None), draft_tokens=getattr(args, "draft_tokens", None))
+    runner = xLSTMRunner.from_pretrained(args.model, args.dtype, revision=args.revision, quantize=args.quantize, **how)
     if args.adapter_path: _adapt(runner.model, args.adapter_path)
     if runner.tokenizer is None: raise GenerationError(f"{args.model} has no tokenizer, so it cannot read or write text")
     if args.load_state: runner.state = runner.state.load(args.load_state, runner.model)
@@ -459,6 +464,9 @@ def _speed(last) -> str: # of the last `Piece`
     return (f"prompt {last.prompt_tokens} tokens, {last.prompt_tps:.0f} tokens/s | "
             f"generation {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s | peak memory {last.peak_memory:.2f} GB")
 
+def _drafted(drafter) -> str: # of the runner
+    return f" | {drafter.accepted} of {drafter.proposed} drafted tokens accepted" if drafter else ""
+
 # %% ../../nbs/apps/60_cli.ipynb #00f28727
 def _check_inputs(prompt=None, file=None, load_state=None, save_state=None):
     "Refuse a text or a path that will not do, before a model is loaded."
@@ -468,6 +476,14 @@ def _check_inputs(prompt=None, file=None, load_state=None, save_state=None):
     if load_state: read_notes(load_state)
     if save_state: check_path(save_state)
     check_utf8(prompt or "")
+
+def _check_draft(args):
+    "Refuse drafts that a model cannot have, from headers alone."
+    from xlstm_metal.generation.speculative import check_vocabulary, Drafter, DraftError
+    from xlstm_metal.model.checkpoint import config_and_headers
+    if args.draft is None and args.draft_tokens is not None: raise DraftError("--draft-tokens needs --draft: lookup, or a small model")
+    if args.draft is not None: Drafter(4 if args.draft_tokens is None else args.draft_tokens)
+    if args.draft not in (None, "lookup"): check_vocabulary(*(config_and_headers(*where)[0] for where in ((args.draft,), (args.model, args.revision))))
 
 # %% ../../nbs/apps/60_cli.ipynb #4bcc8429
 @contextmanager
@@ -521,6 +537,7 @@ def _ask_state(args, states):
     Sampling(**sampling)
     prompt = _read_stdin() if args.prompt == "-" else args.prompt
     _check_inputs(prompt)
+    _check_draft(args)
     states.info(args.name)
     runner = _load_runner(args)
     states, save = NamedStates(runner.model, states.folder, precision=args.state_precision), args.save_as

@@ -182,7 +182,7 @@ def _unsupported_reason(command: str, argv: list[str], settings: dict) -> str | 
     port, cache = _option(argv, "--port") or "", _option(argv, "--prompt-cache-file") or ""
     refused = (
         ("model_type" not in settings, "config.json is missing model_type, which mlx-lm needs: copy the checkpoint with xlstm-metal convert"),
-        (command == "server" and _option(argv, "--draft-model"), "the server does not draft: use xlstm-metal mlx generate --draft-model"),
+        (command == "server" and _option(argv, "--draft-model"), "the server drafts with --draft, which takes a model or lookup"),
         (command == "convert" and _option(argv, "--quant-predicate"),
          "mlx-lm's mixed recipes do not know the layers of xLSTM: use xlstm-metal convert --quantize mixed"),
         (command == "server" and _option(argv, "--kv-bits"),

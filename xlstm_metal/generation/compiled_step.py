@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_linear', 'replaced', 'StandIn', 'same_inputs', 'Merged', 'merge_linear', 'merged_linear', 'NormedGates',
            'own_methods', 'normed_gates', 'with_normed_gates', 'Watch', 'drops_out', 'CompiledStep', 'can_compile',
-           'next_logits', 'how_to_step', 'step_choices']
+           'next_logits', 'run_compiled', 'how_to_step', 'step_choices']
 
 # %% ../../nbs/generation/57_compiled_step.ipynb #def094df
 from collections import Counter
@@ -300,7 +300,7 @@ class CompiledStep:
     def __deepcopy__(self, memo): return CompiledStep() # a copy of a model makes its own
     def __reduce__(self): return CompiledStep, ()
 
-    def forget(self): self.watch = self.function = self.merged = None; self.waited = 0
+    def forget(self): self.watch = self.function = self.merged = None; self.others = {}; self.waited = 0
 
     def record(self, model: nn.Module): # model: that owns this step
         """Merge what can be merged, where that is faster, and compile.
@@ -317,7 +317,34 @@ class CompiledStep:
             for slot, a in zip(cache, arrays): slot.cache = a
             with merged_linear(model, merged), with_normed_gates(gated), only_forward(): logits = model(ids, cache)
             return logits, [slot.cache for slot in cache]
-        self.function, self.watch = mx.compile(step), Watch(model)
+        self.function, self.merged, self.watch = mx.compile(step), merged, Watch(model)
+
+    def _is_recorded(self, model) -> bool: # and the model is what it was then
+        if self.watch is None or not self.watch.same(model):
+            if self.watch: self.forget() # also what it holds
+            self.waited += 1
+            if self.waited <= self.patience or drops_out(model): return False
+            self.record(model)
+        return True
+
+    def run(self, model: nn.Module, f, *args): # model: that owns this step; f: of a model and of arrays in lists, called for many tokens; *args: the arrays; returns what f returns
+        """Another function of the same model, recorded beside the step.
+
+        Args:
+            model: that owns this step
+            f: of a model and of arrays in lists, called for many tokens
+            *args: the arrays
+
+        Returns:
+            what f returns
+        """
+        if not self._is_recorded(model): return f(model, *args)
+        if f not in self.others:
+            root, merged = ref(model), self.merged
+            def recorded(*args):
+                with merged_linear(root(), merged), only_forward(): return f(root(), *args)
+            self.others[f] = mx.compile(recorded)
+        return self.others[f](*args)
 
     def __call__(self,
         model: nn.Module, # that owns this step
@@ -333,11 +360,7 @@ class CompiledStep:
         Returns:
             logits (B, 1, V) float32
         """
-        if self.watch is None or not self.watch.same(model):
-            if self.watch: self.forget() # also what it holds
-            self.waited += 1
-            if self.waited <= self.patience or drops_out(model): return model(ids, cache)
-            self.record(model)
+        if not self._is_recorded(model): return model(ids, cache)
         logits, arrays = self.function(ids, [slot.cache for slot in cache])
         for slot, a in zip(cache, arrays): slot.cache = a
         return logits
@@ -373,8 +396,31 @@ def next_logits(
         (B, S, V) float32
     """
     if ids.shape[1] != 1 or how_to_step() == "eager" or not can_compile(model, cache): return model(ids, cache)
+    return _step_of(model)(model, ids, cache)
+
+def _step_of(model): # its own
     if not isinstance(step := vars(model).get("_step"), CompiledStep): step = model._step = CompiledStep()
-    return step(model, ids, cache)
+    return step
+
+def run_compiled(
+    model: nn.Module, # a language model
+    cache: list, # from its `make_cache`, that the function goes on from
+    f, # of the model and of arrays in lists; the same object at each call
+    *args, # these arrays
+): # what f returns
+    """A function of a model, compiled where the next token would be.
+
+    Args:
+        model: a language model
+        cache: from its `make_cache`, that the function goes on from
+        f: of the model and of arrays in lists; the same object at each call
+        *args: these arrays
+
+    Returns:
+        what f returns
+    """
+    if how_to_step() == "eager" or not can_compile(model, cache): return f(model, *args)
+    return _step_of(model).run(model, f, *args)
 
 def how_to_step() -> str: # eager, compiled, merged (and compiled)
     """As it was measured on this machine. Before that, merged on a GPU; on a CPU eager, for MLX would run a C++ compiler for seconds to save milliseconds.

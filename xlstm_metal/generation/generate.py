@@ -12,6 +12,7 @@ from numbers import Integral, Real
 import mlx.core as mx
 from ..model.model import Model
 from ..model.tokenizer import encode
+from .speculative import Drafter, drafter_for, DraftError, speculate
 from .state_files import StateError
 from .state import check_ids, check_utf8, State
 
@@ -89,7 +90,7 @@ def tokens(
         if processors: seen = mx.concatenate([seen, token.astype(mx.int32)])
         mx.async_eval(token, logprobs)
         ahead, _ = state.ahead(token[:, None])
-        mx.async_eval(ahead.logits, [slot.state for slot in ahead.cache])
+        mx.async_eval(ahead.pending)
         chosen = token.item()
         state.move(ahead)
         yield chosen, logprobs[0]
@@ -117,6 +118,7 @@ class Piece:
         generation_tps: tokens per second while writing, so far
         peak_memory: GB
         finish_reason: "stop" or "length" in the last piece
+        from_draft: whether the token was drafted
     """
     text: str # may be empty: a character can take several tokens
     token: int # its id
@@ -127,6 +129,7 @@ class Piece:
     generation_tps: float # tokens per second while writing, so far
     peak_memory: float # GB
     finish_reason: str | None = None # "stop" or "length" in the last piece
+    from_draft: bool = False # whether the token was drafted
 
 # %% ../../nbs/generation/52_generate.ipynb #e06da60f
 _no_tokenizer = "this checkpoint has no tokenizer, so it cannot read or write text"
@@ -136,6 +139,8 @@ def stream(
     tokenizer, # from `load`; None where only ids are wanted
     prompt: str | list[int], # text, or ids that are used as they are; may be empty if a state has read something
     *, state: State | None = None, # go on from here; None begins a text
+    draft: str | Model | Drafter | None = None, # who drafts: "lookup", or a small model, as for `drafter_for`
+    draft_tokens: int | None = None, # that are drafted at a time; None: 4
     progress=None, # called with the number of prompt tokens read so far
     skip: int = 0, # so many ids of the prompt were read already
     **sampling, # max_tokens, temperature, ... as in `Sampling`
@@ -149,6 +154,8 @@ def stream(
         tokenizer: from `load`; None where only ids are wanted
         prompt: text, or ids that are used as they are; may be empty if a state has read something
         state: go on from here; None begins a text
+        draft: who drafts: "lookup", or a small model, as for `drafter_for`
+        draft_tokens: that are drafted at a time; None: 4
         progress: called with the number of prompt tokens read so far
         skip: so many ids of the prompt were read already
         **sampling: max_tokens, temperature, ... as in `Sampling`
@@ -161,23 +168,25 @@ def stream(
     if state and state.rows > 1: raise GenerationError(f"batch size must be 1, got {state.rows}")
     try:
         if state: state.check_model(model)
+        if draft is not None and state and state.replay: raise DraftError("drafts are for ordinary states, and this one was made with replay")
+        drafter = drafter_for(draft, model, tokenizer, draft_tokens)
         if isinstance(prompt, str) and check_utf8(prompt): prompt = encode(tokenizer, prompt, model.args, start=start)
         ids = check_ids([] if isinstance(prompt, str) else prompt, model.args.vocab_size)[0].tolist()
-    except StateError as e: raise GenerationError(str(e)) from e
+    except (StateError, DraftError) as e: raise GenerationError(str(e)) from e
     if start and not ids: raise GenerationError("the prompt is empty")
-    return _stream(state or State(model), tokenizer, ids, sampling, progress, skip)
+    return _stream(state or State(model), tokenizer, ids, sampling, drafter, progress, skip)
 
 # %% ../../nbs/generation/52_generate.ipynb #39cf3fac
-def _stream(state, tokenizer, ids, sampling, progress, skip): # the loop behind `stream`
+def _stream(state, tokenizer, ids, sampling, drafter, progress, skip): # the loop behind `stream`
     from mlx_lm.generate import wired_limit # on a Mac: keeps a large model's weights in place
     start = time.perf_counter()
     mx.eval(state.read(ids[skip:], progress).logits)
     read, text, held = time.perf_counter() - start, _detokenizer(tokenizer, ids), ""
     eos = state.model.args.eos_token_id
     ends = tokenizer.eos_token_ids if tokenizer else eos if isinstance(eos, list) else [eos]
-    start = time.perf_counter()
+    start, written = time.perf_counter(), speculate(state, sampling, drafter, ids) if drafter else tokens(state, sampling, ids)
     with wired_limit(state.model):
-        for n, (token, logprobs) in zip(range(1, sampling.max_tokens + 1), tokens(state, sampling, ids)):
+        for n, (token, logprobs, *drafted) in zip(range(1, sampling.max_tokens + 1), written):
             end = "stop" if token in ends else "length" if n == sampling.max_tokens else None
             if end != "stop": text.add_token(token)
             if end: text.finalize()
@@ -185,7 +194,7 @@ def _stream(state, tokenizer, ids, sampling, progress, skip): # the loop behind 
             if end and not found: show += held
             took = time.perf_counter() - start
             yield Piece(show, token, logprobs[token].item(), len(ids), (len(ids) - skip) / read, n, n / took,
-                        mx.get_peak_memory() / 1e9, "stop" if found else end)
+                        mx.get_peak_memory() / 1e9, "stop" if found else end, any(drafted))
             if end or found: return
 
 class _NoText: # in place of a detokenizer
@@ -207,7 +216,7 @@ def generate(
     model: Model, tokenizer, # from `load`
     prompt: str | list[int] | list[str], # text, ids that are used as they are, or several texts
     *, state: State | None = None, # go on from here; several texts go on from forks of it
-    **kwargs, # progress, skip, max_tokens, temperature, ... as for `stream`
+    **kwargs, # draft, progress, skip, max_tokens, temperature, ... as for `stream`
 ) -> str | list[str]: # one for each text
     """The text that follows a prompt. Raises `GenerationError` before any work.
 
@@ -215,7 +224,7 @@ def generate(
         model, tokenizer: from `load`
         prompt: text, ids that are used as they are, or several texts
         state: go on from here; several texts go on from forks of it
-        **kwargs: progress, skip, max_tokens, temperature, ... as for `stream`
+        **kwargs: draft, progress, skip, max_tokens, temperature, ... as for `stream`
 
     Returns:
         one for each text

@@ -15,6 +15,7 @@ from ..model.model import Model
 from ..model.tokenizer import encode
 from .checkpoints import Checkpoints
 from .generate import GenerationError, Sampling, stream, tokens
+from .speculative import drafter_for
 from .state import check_ids, State
 
 # %% ../../nbs/generation/53_runner.ipynb #1881854a
@@ -25,35 +26,38 @@ class xLSTMRunner:
         model: a loaded model, or what `load` takes: a folder or a hub id
         tokenizer: from `load`; without one there are ids only
         checkpoints: where a new text begins like an earlier one, that is not read again
+        draft: who drafts: "lookup", or a small model, as for `drafter_for`
+        draft_tokens: that are drafted at a time; None: 4
     """
     def __init__(self,
         model: Model | str | Path, # a loaded model, or what `load` takes: a folder or a hub id
         tokenizer=None, # from `load`; without one there are ids only
         checkpoints: Checkpoints | None = None, # where a new text begins like an earlier one, that is not read again
+        draft: str | Path | Model | None = None, # who drafts: "lookup", or a small model, as for `drafter_for`
+        draft_tokens: int | None = None, # that are drafted at a time; None: 4
     ):
         if isinstance(model, (str, Path)):
             model, own = load(model)
             tokenizer = tokenizer or own
         self.model, self.tokenizer, self.checkpoints = model, tokenizer, checkpoints
+        self.drafter = drafter_for(draft, model, tokenizer, draft_tokens)
         self.reset_state()
 
     @classmethod
-    def from_pretrained(cls, path=None, dtype=None, **kwargs) -> "xLSTMRunner": # as for `load`
+    def from_pretrained(cls, path=None, dtype=None, draft=None, draft_tokens=None, **kwargs) -> "xLSTMRunner": # path, dtype, **kwargs: as for `load`; draft: as for a runner; draft_tokens: as for a runner
         """A runner with a checkpoint's model and tokenizer. Raises `CheckpointError`.
 
         Args:
-            path: folder or hub id; None is the bundled model
-            dtype: float32, bfloat16, float16; None: bfloat16 on a GPU, float32 on a CPU
-            **kwargs: as for `load`
-
-        Returns:
-            model, tokenizer (None where the checkpoint has none)
+            path, dtype, **kwargs: as for `load`
+            draft: as for a runner
+            draft_tokens: as for a runner
         """
-        return cls(*load(path, dtype, **kwargs))
+        return cls(*load(path, dtype, **kwargs), draft=draft, draft_tokens=draft_tokens)
 
     def reset_state(self):
         "Forget everything that was read."
         self.state, self._chosen = State(self.model), None
+        if self.drafter: self.drafter.forget()
 
     def _ids(self, ids) -> mx.array: # (1, S)
         ids = check_ids(ids, self.model.args.vocab_size)
@@ -78,6 +82,7 @@ class xLSTMRunner:
             prompt: text or ids
             **kwargs: max_tokens, temperature, ... as for `xm.stream`
         """
+        if self.drafter: kwargs = {"draft": self.drafter} | kwargs
         if self.checkpoints is None or self.state.tokens or kwargs.get("skip"): return stream(self.model, self.tokenizer, prompt, state=self.state, **kwargs)
         stream(self.model, self.tokenizer, prompt, state=State(self.model), **kwargs) # raises, or does nothing before it is iterated over
         ids = encode(self.tokenizer, prompt, self.model.args) if isinstance(prompt, str) else self._ids(prompt)[0].tolist()

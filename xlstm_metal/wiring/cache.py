@@ -173,10 +173,35 @@ class ReplayCache(ArraysCache):
         left = mx.zeros_like(rows) if self.empty() else self.cache[-1]
         if ((rows > left) | (rows < 0)).any().item():
             raise CacheError(f"cannot take back {n} tokens: of the last {self.replay} that this cache keeps, {left.tolist()} are there")
+        self.back(rows)
+        return n
+
+    def back(self, rows: mx.array): # rows: tokens of each row (B,) int
+        """As `trim`, without asking whether so many are there: nothing is waited for.
+
+        Args:
+            rows: tokens of each row (B,) int
+        """
         own = len(self.arrays) - self.delayed
         outputs = [earlier(a, rows) for a in self.arrays[own:]]
-        self.cache = [*self.kept.back(tuple(self.arrays[:own]), rows), *outputs, left - rows]
-        return n
+        self.cache = [*self.kept.back(tuple(self.arrays[:own]), rows), *outputs, self.cache[-1] - rows]
+
+    def begin(self,
+        slot: ArraysCache, # that has read something
+        dtype: mx.Dtype, # of the block's vectors
+    ):
+        """Be where an ordinary slot is, which `plain` gives back. Nothing can be taken back yet.
+
+        Args:
+            slot: that has read something
+            dtype: of the block's vectors
+        """
+        if slot.empty(): return
+        own = self.kept.state_size
+        state, outputs = tuple(slot.cache[:own]), slot.cache[own:own + self.delayed]
+        if self.kept.way != "keys" and own: state = self.kept.begin(state, dtype)
+        outputs = [mx.pad(a, [(0, 0), (self.replay, 0), (0, 0)]) for a in outputs]
+        self.cache = [*state, *outputs, mx.zeros((slot.batch_size,), mx.int32)]
 
     def plain(self) -> ArraysCache:
         "A slot that has read the same, in which nothing can be taken back."
