@@ -91,7 +91,7 @@ def open_page(browser, url, log, **size):
     page = browser.new_page(viewport=dict(width=1250, height=1400), **size)
     page.set_default_timeout(60_000)
     page.on("dialog", lambda d: d.accept()) # leave a notebook that is not saved
-    page.goto(url)
+    page.goto(url, timeout=180_000) # voila runs the whole notebook first
     return page
 
 
