@@ -120,7 +120,7 @@ def test_killed_while_writing(model, tmp_path):
         writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(2 * round_ + n)], stdout=subprocess.PIPE, text=True) for n in range(2)]
         for w in writers: assert w.stdout.readline() == "ready\n"
         end = time.monotonic() + 60 # by the clock of a busy machine too few would be there
-        while len([*tmp_path.glob("[!.]*.safetensors")]) <= 4 * (round_ + 1) and time.monotonic() < end: time.sleep(.01)
+        while len([*tmp_path.glob("*.state")]) <= 4 * (round_ + 1) and time.monotonic() < end: time.sleep(.01)
         time.sleep(.17 * round_)
         for w in writers: w.kill(), w.wait()
     files = StateFiles(model, tmp_path)
