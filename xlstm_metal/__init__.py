@@ -12,6 +12,7 @@ _home = {
     "generate": "generation.generate", "stream": "generation.generate",
     "xLSTMRunner": "generation.runner", "Playground": "apps.playground",
     "State": "generation.state", "batch": "generation.state", "unbatch": "generation.state", "score": "generation.score",
+    "Checkpoints": "generation.checkpoints", "NamedStates": "generation.named_states",
     "record": "generation.memory_plots", "plot_gates": "generation.memory_plots", "plot_memory": "generation.memory_plots",
     "plot_surprise": "generation.memory_plots", "plot_state_norms": "generation.memory_plots",
     "convert": "model.convert", "save": "model.convert", "xLSTM": "model.lstm_layer",
