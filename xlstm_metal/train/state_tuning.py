@@ -186,7 +186,7 @@ class StateTuning(nn.Module):
         """
         return self.model.head(self.hidden(inputs, cache, mask, input_embeddings, reset))
 
-    def state(self) -> State:
+    def to_state(self) -> State:
         "The initial state, to generate from, save and fork. It has read no token."
         state = State(self.model)
         self.begin(state.cache, 1)
