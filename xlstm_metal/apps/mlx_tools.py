@@ -263,12 +263,12 @@ class _FirstOutput:
 def _patch_awq():
     "Let mlx-lm's AWQ quantise models of the 7B form."
     from mlx_lm.quant import awq
-    from xlstm_metal.blocks.mlstm import mLSTMBlock, mLSTMLayer
+    from inspect import signature
     from xlstm_metal.cells.norms import MultiHeadNorm, RMSNorm
     if "xlstm" in awq.AWQ_MODEL_CONFIGS: return
     awq.AWQ_MODEL_CONFIGS["xlstm"] = _awq_config()
     run_layer, search, apply_scale, quantize = awq.run_layer, awq.search_best_scale, awq.apply_scale, awq.awq_quantize
-    def one_array(module): return _FirstOutput(module) if isinstance(module, (mLSTMBlock, mLSTMLayer)) else module
+    def one_array(module): return _FirstOutput(module) if "state" in signature(type(module).__call__).parameters else module # such blocks and layers return it too
     def scale_norm(prev_op, layers, scales):
         if not isinstance(prev_op, (RMSNorm, MultiHeadNorm)): return apply_scale(prev_op, layers, scales)
         for name, a in prev_op.parameters().items(): prev_op[name] = a / scales

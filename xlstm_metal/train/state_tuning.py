@@ -12,8 +12,6 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
 from ..numerics import log_sigmoid
-from ..blocks.mlstm import mLSTMBlock, mLSTMPreUpBlock
-from ..blocks.slstm import sLSTMBlock
 from ..generation.state import check_ids, State
 from ..generation.state_files import StateError
 from ..model.model import Model
@@ -104,9 +102,10 @@ class _Begun(Observer): # notes what each neuron is given
 def _parts_of(block, x, arrays: list) -> list[nn.Module]: # x: (1, R, D), what the block was given; arrays: of its slot afterwards
     if block.grows: raise StateError(f"the state of a block of kind {block.kind} grows with the text, so there is no initial state to learn")
     rest = [a[0] for a in arrays]
-    if isinstance(block, mLSTMBlock): first, taken = virtual_tokens(*block.mlstm_layer.inputs(block.norm_mlstm(x))[1:]), 3
-    elif isinstance(block, mLSTMPreUpBlock): first, taken = virtual_tokens(*block.xlstm.inputs(block.xlstm_norm(x))[0][1:]), 3
-    elif isinstance(block, sLSTMBlock): first, taken = ScalarMeans(*rest[:4]), 4
+    kinds = {getattr(c, "kind", None) for c in type(block).__mro__} # its own, and those that it is made from
+    if "mlstm_layer" in block: first, taken = virtual_tokens(*block.mlstm_layer.inputs(block.norm_mlstm(x))[1:]), 3
+    elif "mlstm" in kinds: first, taken = virtual_tokens(*block.xlstm.inputs(block.xlstm_norm(x))[0][1:]), 3
+    elif "slstm" in kinds: first, taken = ScalarMeans(*rest[:4]), 4
     else: return [FreeArrays(rest)]
     return [first, FreeArrays(rest[taken:])] if rest[taken:] else [first]
 
@@ -187,7 +186,7 @@ class StateTuning(nn.Module):
         """
         return self.model.head(self.hidden(inputs, cache, mask, input_embeddings, reset))
 
-    def state(self) -> State:
+    def to_state(self) -> State:
         "The initial state, to generate from, save and fork. It has read no token."
         state = State(self.model)
         self.begin(state.cache, 1)
