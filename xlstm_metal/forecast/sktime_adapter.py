@@ -10,8 +10,10 @@ from functools import cache
 from statistics import NormalDist
 import mlx.core as mx
 import numpy as np
-import pandas as pd
-from sktime.forecasting.base import BaseForecaster
+try:
+    import pandas as pd
+    from sktime.forecasting.base import BaseForecaster
+except ImportError as e: raise ImportError("xlstm_metal.forecast.sktime_adapter needs sktime: pip install 'sktime>=1.2'") from e
 from .fit import fit_forecaster
 from .forecaster import Forecaster, at_levels, load_forecaster
 from .tirex import TiRexConfig
