@@ -8,7 +8,7 @@ empty :=
 comma := ,
 bracket = $(if $(1),[$(subst $(empty) $(empty),$(comma),$(1))])
 extra = $(call bracket,$(strip $(1) $(MLX)))
-LIMIT := $(if $(shell command -v timeout),timeout 1500)
+LIMIT := $(if $(shell command -v timeout),timeout 2400)
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # MLX's own products on Linux are some thirty times as slow as OpenBLAS's (nbs/05_blas)
 OPENBLAS := $(firstword $(wildcard /usr/lib/*-linux-gnu/libopenblas.so.0 /usr/lib64/libopenblas.so.0 /usr/lib/libopenblas.so.0))
