@@ -6,6 +6,8 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 import xlstm_metal as xm
 from xlstm_metal.blocks import discovery # registers the kinds of blocks
+from xlstm_metal.generation.compiled_step import step_choices
+from xlstm_metal.generation.state import State
 from xlstm_metal.wiring.cache import CacheError
 from xlstm_metal.wiring.run import layer_wiring
 from xlstm_metal.wiring import ablate
@@ -202,3 +204,26 @@ def test_observers_see_states_as_blocks_have_them(bundled):
         seen.append(model.backbone.observer.seen)
         model.backbone.observer = None
     assert seen[0] == seen[1] and len(seen[0]) == len(model.layers)
+
+
+def test_a_compiled_step_keeps_a_log():
+    "Recorded once for each length of the log; what is taken back is as it is without."
+    mx.random.seed(3)
+    model = xm.Model(layer_wiring(["mlstm", "slstm"], 16, dict(num_heads=2)), V).eval()
+    def run(how, most):
+        logits, state = [], State(model, replay=most).read([1, 2, 3])
+        def feed(ids):
+            for t in ids:
+                state.feed(mx.array([t]))
+                logits.append(state.logits)
+        with step_choices(model, how):
+            feed(range(6 + 4 * most))
+            state.trim(most)
+            feed(range(10, 14))
+            recorded = getattr(vars(model).get("_step"), "function", None) is not None
+        assert recorded == (how != "eager")
+        return mx.stack(logits)
+    mx.enable_compile()
+    try:
+        for most in (1, 3): assert mx.abs(run("compiled", most) - run("eager", most)).max() < 1e-5
+    finally: mx.disable_compile()

@@ -115,6 +115,7 @@ def time_decode(
     n: int = 100, # tokens
     rows: int = 1, # texts side by side
     context: int = 16, # tokens read before
+    replay: int = 0, # tokens that can be taken back: so old are the memories, and a log is read beside them
 ) -> dict: # tokens_per_second, of all rows together
     """How fast a model writes.
 
@@ -123,11 +124,12 @@ def time_decode(
         n: tokens
         rows: texts side by side
         context: tokens read before
+        replay: tokens that can be taken back: so old are the memories, and a log is read beside them
 
     Returns:
         tokens_per_second, of all rows together
     """
-    state = State(model).read(_prompt(model, context))
+    state = State(model, replay).read(_prompt(model, context))
     if rows > 1: state = batch([state.fork() for _ in range(rows)])
     def several():
         while True:
@@ -136,10 +138,11 @@ def time_decode(
             mx.async_eval(state.logits, [slot.state for slot in state.cache])
             yield token.tolist()
     written = several() if rows > 1 else tokens(state, Sampling())
-    for _ in islice(written, 8): pass
+    for _ in islice(written, 8 + 2 * replay): pass # a log of each length
     start = time.perf_counter()
     for _ in islice(written, n): pass
-    return dict(part="decode", rows=rows, context=context, tokens_per_second=rows * n / (time.perf_counter() - start))
+    how = dict(how=f"with a log of {replay} tokens") if replay else {}
+    return dict(part="decode", rows=rows, context=context, tokens_per_second=rows * n / (time.perf_counter() - start), **how)
 
 # %% ../../nbs/apps/64_bench.ipynb #410e9d23
 def time_prefill(
@@ -289,6 +292,7 @@ def bench(
     prompts: list[int] = (512, 2048), # lengths to read
     batches: list[int] = (1, 8), # rows to write side by side
     n: int = 100, # tokens to write in each
+    replay: list[int] = (), # write with such logs as well, as for `time_decode`
     training: tuple[int, int] | None = None, # rows and tokens of a training step; None: none
     adapters: list[tuple[int, int]] = (), # rows and tokens of steps in which only LoRA adapters learn
     recompute: bool = False, # run blocks again for gradients
@@ -303,6 +307,7 @@ def bench(
         prompts: lengths to read
         batches: rows to write side by side
         n: tokens to write in each
+        replay: write with such logs as well, as for `time_decode`
         training: rows and tokens of a training step; None: none
         adapters: rows and tokens of steps in which only LoRA adapters learn
         recompute: run blocks again for gradients
@@ -317,7 +322,7 @@ def bench(
     info = dict(model=name, device=mx.device_info().get("device_name", "GPU") if gpu else "CPU", kernels=backend() or "plain form", dtype=str(dtype),
                 limits=device_limits(dtype, size), advice=advice(), token_bytes=token_bytes(model), parameters=count(model.backbone.modules()), head_parameters=model.args.vocab_size * model.args.hidden_size)
     drafted = [time_drafts(model, k, a, n) for k in drafts for a in sorted({0, k // 2, k})]
-    rows = [*(time_decode(model, n, b) for b in batches), *drafted, *(time_prefill(model, p) for p in prompts)]
+    rows = [*(time_decode(model, n, b, replay=r) for b in batches for r in (0, *replay)), *drafted, *(time_prefill(model, p) for p in prompts)]
     if training: rows.append(time_training(model, training[1], training[0], recompute=recompute))
     return Report(info, rows=rows + [_tried_adapters(model, tokens, side_by_side, recompute) for side_by_side, tokens in adapters])
 

@@ -170,6 +170,7 @@ def _add_bench(add):
     add("--prompts", type=_positive, nargs="+", default=[512, 2048], metavar="N", help="tokens to read (512 2048)")
     add("--batches", type=_positive, nargs="+", default=[1, 8], metavar="B", help="texts to write side by side (1 8)")
     add("--tokens", type=_positive, default=100, metavar="N", help="to write in each (%(default)s)")
+    add("--replay", type=_positive, nargs="+", default=[], metavar="L", help="measure writing with the last L tokens in a log beside an older state, too")
     add("--drafts", type=_positive, nargs="+", default=[], metavar="K", help="measure passes over K drafted tokens, of which none, half and all are accepted")
     add("--training", type=_positive, nargs=2, metavar=("ROWS", "TOKENS"), help="measure a training step, too")
     add("--lora", type=_positive, nargs="+", metavar=("ROWS", "TOKENS"), help="measure training steps of LoRA adapters, for one number of tokens or several")
@@ -277,7 +278,7 @@ def _cmd_bench(args):
     if "nxai" in args.compare: nxai_sizes(model) # before minutes of work
     how = dict(prompts=args.prompts, n=args.tokens, training=args.training) # of other programs, too
     name = " x ".join(map(str, args.sizes)) if args.sizes else args.model or "bundled model"
-    report = bench(model, name, batches=args.batches, adapters=[(args.lora[0], n) for n in args.lora[1:]] if args.lora else (), recompute=args.recompute, drafts=args.drafts, **how)
+    report = bench(model, name, batches=args.batches, adapters=[(args.lora[0], n) for n in args.lora[1:]] if args.lora else (), recompute=args.recompute, drafts=args.drafts, replay=args.replay, **how)
     for program in args.compare: report["rows"] += compare(program, model, args.model or bundled, report["dtype"].split(".")[-1], **how)
     print(report)
     if args.json: Path(args.json).write_text(json.dumps(report, indent=1))

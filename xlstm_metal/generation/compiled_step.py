@@ -311,9 +311,9 @@ class CompiledStep:
         self.forget()
         merged, root = merge_linear(model) if how_to_step() == "merged" else {}, ref(model) # a model is gone when its owner lets go of it
         gated = normed_gates(model, merged) if merged and backend() else []
-        def step(ids, arrays):
+        def step(ids, arrays, replay=0):
             model = root()
-            cache = model.make_cache()
+            cache = model.make_cache(replay)
             for slot, a in zip(cache, arrays): slot.cache = a
             with merged_linear(model, merged), with_normed_gates(gated), only_forward(): logits = model(ids, cache)
             return logits, [slot.cache for slot in cache]
@@ -361,7 +361,7 @@ class CompiledStep:
             logits (B, 1, V) float32
         """
         if not self._is_recorded(model): return model(ids, cache)
-        logits, arrays = self.function(ids, [slot.cache for slot in cache])
+        logits, arrays = self.function(ids, [slot.cache for slot in cache], getattr(cache[0], "replay", 0))
         for slot, a in zip(cache, arrays): slot.cache = a
         return logits
 
@@ -369,16 +369,20 @@ class CompiledStep:
 def can_compile(
     model: nn.Module, # with blocks in `layers`
     cache: list, # from its `make_cache`
+    replay: int = 0, # tokens that can be taken back, at most
 ) -> bool:
-    """Whether the next token's graph is that of the token after it.
+    """Whether the next token's graph is that of the token after it; with a log, that of a later one.
 
     Args:
         model: with blocks in `layers`
         cache: from its `make_cache`
+        replay: tokens that can be taken back, at most
     """
     first = cache[0]
     return not (first.left_padding is not None or first.lengths is not None or any(slot.empty() for slot in cache)
-                or model.backbone.observer or any(b.grows for b in model.layers) or first.is_trimmable() or hasattr(first, "precision"))
+                or model.backbone.observer or any(b.grows for b in model.layers) or getattr(first, "replay", 0) > replay or hasattr(first, "precision"))
+
+_most_replayed = 32 # each length of the log, up to twice as long, is a recording of its own
 
 def next_logits(
     model: nn.Module, # a language model
@@ -395,7 +399,7 @@ def next_logits(
     Returns:
         (B, S, V) float32
     """
-    if ids.shape[1] != 1 or how_to_step() == "eager" or not can_compile(model, cache): return model(ids, cache)
+    if ids.shape[1] != 1 or how_to_step() == "eager" or not can_compile(model, cache, _most_replayed): return model(ids, cache)
     return _step_of(model)(model, ids, cache)
 
 def _step_of(model): # its own
