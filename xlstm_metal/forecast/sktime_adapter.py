@@ -6,7 +6,6 @@
 __all__ = ['with_tails', 'xLSTMForecaster']
 
 # %% ../../nbs/forecast/98_sktime.ipynb #411bffd0
-from functools import cache
 from statistics import NormalDist
 import mlx.core as mx
 import numpy as np
@@ -41,8 +40,6 @@ def with_tails(
     return at_levels(q, levels, inside) + wide * np.array([z(w) - z(i) for w, i in zip(wanted, inside)])
 
 # %% ../../nbs/forecast/98_sktime.ipynb #335a0fea
-_load = cache(load_forecaster) # clones share what nobody trains
-
 class xLSTMForecaster(BaseForecaster):
     """TiRex (arXiv 2505.23719) as a forecaster of sktime: for the columns of a table, gaps allowed, at steps after its end.
 
@@ -83,7 +80,7 @@ class xLSTMForecaster(BaseForecaster):
         new = isinstance(self.model, TiRexConfig)
         if not isinstance(self.steps, int) or self.steps < new: raise ValueError(f"steps must be an integer of at least {int(new)} here, not {self.steps!r}")
         if new: mx.random.seed(self.seed)
-        self.forecaster_ = Forecaster(self.model) if new else (load_forecaster if self.steps else _load)(self.model)
+        self.forecaster_ = Forecaster(self.model) if new else load_forecaster(self.model)
         if self.steps:
             fit_forecaster(self.forecaster_, self._series(y), self.steps, self.lr or (3e-3 if new else 3e-4), report=None, seed=self.seed, B=self.batch)
         self.context_ = y.tail(self.forecaster_.config.train_ctx_len)
