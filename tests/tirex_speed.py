@@ -10,7 +10,6 @@ the window. A form that does not run there says why in a line.
 import sys
 import time
 from functools import partial
-from unittest.mock import patch
 
 from xlstm_metal.blas import use_openblas
 
@@ -18,7 +17,7 @@ use_openblas()
 import mlx.core as mx # noqa: E402
 import numpy as np # noqa: E402
 import torch # noqa: E402
-from fixtures.make_tirex import tirex_model # noqa: E402
+from fixtures.make_tirex import tirex_model, tirex_run # noqa: E402
 
 from xlstm_metal.forecast.files import load_tirex # noqa: E402
 from xlstm_metal.forecast.tirex import forecast_quantiles, scale_of, windows # noqa: E402
@@ -39,24 +38,21 @@ def median_seconds(work, budget=4.):
 
 def forms_of(theirs, folder):
     "Name -> function of windows (B, CONTEXT) that returns quantiles (B, AHEAD, Q)."
-    ours = load_tirex(folder)
-    yield "ours, float32", partial(forecast_quantiles, ours, horizon=AHEAD, at_once=2)
-
-    def run(model, x):
-        with torch.inference_mode():
-            return model.forecast(torch.tensor(x, dtype=torch.float32), prediction_length=AHEAD, max_accelerated_rollout_steps=2, output_type="numpy")[0]
-    def cells(model): return [m for m in model.modules() if hasattr(m, "_recurrent_kernel_")]
-    for name, backend in (("tirex-ts, torch", "torch"), *([("tirex-ts, CUDA", "cuda")] if GPU else ())):
-        for c in cells(theirs): c.backend = backend
-        yield name, partial(run, theirs)
-    for c in cells(theirs): c.backend = "torch"
-    def exact(x):
-        with patch.object(torch, "bfloat16", torch.float32): return run(theirs, x)
-    yield "tirex-ts, torch, float32", exact
+    yield "ours, float32", partial(forecast_quantiles, load_tirex(folder), horizon=AHEAD, at_once=2)
+    def run(float32, x): return tirex_run(theirs, x, AHEAD, 2, float32)
+    yield "tirex-ts, torch", partial(run, False)
+    yield "tirex-ts, torch, float32", partial(run, True)
     if not GPU: return
-    eager, theirs._forward_model_tokenized = theirs._forward_model_tokenized, torch.compile(theirs._forward_model_tokenized)
-    try: yield "tirex-ts, torch.compile", partial(run, theirs)
-    finally: theirs._forward_model_tokenized = eager
+    cells, eager = [m for m in theirs.modules() if hasattr(m, "_recurrent_kernel_")], theirs._forward_model_tokenized
+    try:
+        for c in cells: c.backend = "cuda"
+        yield "tirex-ts, CUDA", partial(run, False)
+        for c in cells: c.backend = "torch"
+        theirs._forward_model_tokenized = torch.compile(eager)
+        yield "tirex-ts, torch.compile", partial(run, False)
+    finally:
+        for c in cells: c.backend = "torch"
+        theirs._forward_model_tokenized = eager
 
 
 def main(blocks=12):
